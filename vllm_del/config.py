@@ -1,0 +1,136 @@
+"""DelConfig: what a user may say about `del`, its defaults, its validation, and its one-word form.
+
+`DelConfig` is vLLM's `SpeculativeConfig` with a few fields of its own. Inside vLLM its `method` reads
+`"draft_model"`: vLLM compares that string where it grants look-ahead KV slots and async scheduling, and both
+are right for a drafter that writes KV ahead. `isinstance(config, DelConfig)` is what tells the two apart.
+"""
+
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from vllm.config import SpeculativeConfig
+from vllm.config.utils import config
+
+METHOD = "del"
+DEFAULT_NUM_SPECULATIVE_TOKENS = 4
+
+# Inherited fields that mean for `del` what they mean elsewhere, or that vLLM fills in itself.
+_SHARED_FIELDS = frozenset(
+    {
+        "method",
+        "num_speculative_tokens",
+        "target_model_config",
+        "target_parallel_config",
+        "draft_model_config",
+        "draft_parallel_config",
+    }
+)
+
+
+def _parse_exit_layers(value: Any) -> Any:
+    """Accept what JSON, Python and the dotted command line give: 4, "4", "4,8,12", [4, 8, 12], "auto"."""
+    if isinstance(value, str) and value != "auto":
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"del_exit_layers={value!r} is not understood: give 'auto', one depth (4), or several (4,8,12)"
+            ) from None
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+@config
+class DelConfig(SpeculativeConfig):
+    """Self-speculation: the target's first layers, its final norm and its LM head draft.
+
+    Raises a pydantic `ValidationError`, naming the field, on a value that cannot work.
+    """
+
+    method: Literal["del", "draft_model"] = "del"
+    """Always `"del"` for a user; `"draft_model"` afterwards, see the module's docstring."""
+    num_speculative_tokens: int = Field(default=DEFAULT_NUM_SPECULATIVE_TOKENS, ge=1, le=64)
+    """The largest number of tokens drafted for a sequence in one round."""
+    del_exit_layers: Annotated[Literal["auto"] | list[int], BeforeValidator(_parse_exit_layers)] = "auto"
+    """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes one sixth of the
+    model's depth. With `del_policy: "fixed"` every draft leaves at the first depth listed."""
+    del_policy: Literal["fixed"] = "fixed"
+    """How the exit layer and the draft length are chosen. `"fixed"`: always the same ones."""
+
+    def __post_init__(self) -> None:
+        if self.method != METHOD:
+            raise ValueError(f"method={self.method!r}: a DelConfig takes method 'del' only")
+        if self.target_model_config is None:
+            raise ValueError("target_model_config is None: vLLM fills it in; build DelConfig through EngineArgs")
+        self._reject_foreign_fields()
+        depth = self.target_model_config.get_total_num_hidden_layers()
+        self.del_exit_layers = _resolve_exit_layers(self.del_exit_layers, depth)
+
+        self.method = "draft_model"
+        self.model = self.target_model_config.model
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+        self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+
+    @property
+    def exit_layer(self) -> int:
+        """The depth at which the fixed policy's drafts leave."""
+        return int(self.del_exit_layers[0])
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """0: a draft step feeds one token a sequence, in the place the verification left free."""
+        return 0
+
+    def _reject_foreign_fields(self) -> None:
+        """Refuse fields of other speculative methods, which would silently do nothing here."""
+        accepted = sorted(f.name for f in fields(self) if f.name.startswith("del_"))
+        for field in fields(self):
+            if field.name in _SHARED_FIELDS or field.name in accepted:
+                continue
+            value = getattr(self, field.name)
+            if field.default is not MISSING and value != _plain_default(field.default):
+                raise ValueError(
+                    f"{field.name}={value!r} has no meaning for method 'del' (the target model drafts for "
+                    f"itself): leave it out. Accepted: num_speculative_tokens, {', '.join(accepted)}"
+                )
+
+    def __repr__(self) -> str:
+        return (
+            f"DelConfig(method='del', num_speculative_tokens={self.num_speculative_tokens}, "
+            f"del_exit_layers={self.del_exit_layers}, del_policy={self.del_policy!r})"
+        )
+
+
+def _plain_default(default: Any) -> Any:
+    """The value behind a dataclass default that may be a pydantic `Field`."""
+    return getattr(default, "default", default)
+
+
+def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int) -> list[int]:
+    """`wanted` as a list of distinct depths in [1, depth - 1]; one sixth of `depth` for `"auto"`."""
+    if depth < 2:
+        raise ValueError(f"method='del' needs a model of at least 2 layers; this one has {depth}")
+    if wanted == "auto":
+        return [max(1, depth // 6)]
+    wrong = [layer for layer in wanted if not 1 <= layer < depth]
+    if wrong or not wanted:
+        raise ValueError(
+            f"del_exit_layers={wanted!r}: give depths from 1 to {depth - 1} (the model has {depth} layers), or 'auto'"
+        )
+    return list(dict.fromkeys(wanted))
+
+
+def as_fields(speculative_config: Any) -> Any:
+    """The one-word form, `"del"`, as the dict it stands for; anything else unchanged."""
+    return {"method": METHOD} if speculative_config == METHOD else speculative_config
+
+
+def asks_for_del(speculative_config: Any, spec_method: str | None) -> bool:
+    """Whether a user's `speculative_config` (any form) or `--spec-method` names `del` or one of its fields."""
+    given = as_fields(speculative_config)
+    if not isinstance(given, dict):
+        return spec_method == METHOD
+    method = given.get("method", spec_method)
+    names_a_field = any(key.replace("-", "_").startswith("del_") for key in given)
+    return method == METHOD or (method is None and names_a_field)

@@ -1,0 +1,125 @@
+"""EarlyExitNetwork: the target's own embedding and first layers, as a draft network. It owns no weights."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class EarlyExitNetwork(nn.Module):
+    """A view over the target: token embedding, the layers [0, depth), the final norm and the LM head.
+
+    Made for decoders of the common shape: `embed_input_ids`, a list `layers` called as
+    `layer(positions, hidden_states, residual)`, and `norm(hidden_states, residual)`; `from_target` raises
+    `ValueError` for any other.
+    """
+
+    def __init__(self, target: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.target = target
+        self.decoder = decoder
+
+    @classmethod
+    def from_target(cls, target: nn.Module) -> "EarlyExitNetwork":
+        """The network over `target`, after checking that it computes what the target's own forward does."""
+        name = type(target).__name__
+        decoder = getattr(target, "model", None)
+        for owner, attribute in ((target, "compute_logits"), (decoder, "embed_input_ids"), (decoder, "norm")):
+            if not hasattr(owner, attribute):
+                raise ValueError(f"{name} cannot draft for itself: its decoder has no `{attribute}`")
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
+            raise ValueError(f"{name} cannot draft for itself: its decoder has no list of at least 2 `layers`")
+        assert decoder is not None
+        network = cls(target, decoder)
+        _check_same_computation(network, name)
+        return network
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    def forward(
+        self,
+        # [rows] int
+        input_ids: torch.Tensor,
+        # [rows] int64
+        positions: torch.Tensor,
+        depth: int,
+    ) -> torch.Tensor:
+        """The hidden states [rows, hidden size] that the LM head reads when leaving after `depth` layers.
+
+        Runs inside vLLM's forward context, which tells the attention layers where their KV is.
+        """
+        hidden_states, residual = self.decoder.embed_input_ids(input_ids), None
+        for layer in self.decoder.layers[:depth]:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        hidden_states, _ = self.decoder.norm(hidden_states, residual)
+        return hidden_states
+
+
+def _check_same_computation(network: EarlyExitNetwork, name: str) -> None:
+    """Run the target's own forward and the network's, with every layer replaced by the same stand-in.
+
+    What then differs is what the network would get wrong: another order or subset of layers, another way to call
+    them, a scale on the embedding, a step before the norm. Stand-ins make it cheap and free of attention state.
+    """
+    decoder = network.decoder
+    weight = next(decoder.parameters())
+    input_ids = torch.arange(3, device=weight.device)
+    positions = torch.arange(3, device=weight.device)
+    # The class's own forward: calling the module would enter its compiled version.
+    arguments = [input_ids, positions, *[None] * (len(_positional(type(decoder).forward)) - 3)]
+    try:
+        with torch.inference_mode(), _stand_in_layers(decoder):
+            expected = type(decoder).forward(decoder, *arguments)
+            actual = network(input_ids, positions, network.num_layers)
+    except _UnknownLayerCall as call:
+        raise ValueError(
+            f"{name} cannot draft for itself: it calls its layers as {call}, "
+            "where layer(positions, hidden_states, residual) is needed"
+        ) from None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"{name} cannot draft for itself: its decoder is not of the form that 'del' runs ({error})"
+        ) from error
+    if isinstance(expected, tuple):
+        expected = expected[0]
+    if not torch.allclose(expected.float(), actual.float(), rtol=1e-3, atol=1e-4):
+        raise ValueError(f"{name} cannot draft for itself: its forward does more than embedding, layers and final norm")
+
+
+class _UnknownLayerCall(Exception):
+    """A layer was called in a way the network does not know."""
+
+
+@contextmanager
+def _stand_in_layers(decoder: nn.Module) -> Iterator[None]:
+    """Every layer of `decoder` replaced by a cheap function of its index, position and inputs."""
+
+    def stand_in(index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            if kwargs or len(args) != 3:
+                given = [f"<{type(a).__name__}>" for a in args] + [f"{key}=..." for key in kwargs]
+                raise _UnknownLayerCall(f"layer({', '.join(given)})")
+            positions, hidden_states, residual = args
+            residual = hidden_states if residual is None else hidden_states + residual
+            step = torch.cos(residual.float() + positions.unsqueeze(-1) + index)
+            return step.to(hidden_states.dtype), residual
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder.layers):
+            layer.forward = stand_in(index)
+            stack.callback(delattr, layer, "forward")
+        yield
+
+
+def _positional(function: Any) -> list[str]:
+    """The names of the positional parameters of `function`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]

@@ -1,0 +1,1 @@
+"""Everything that touches vLLM's internals: the ledger of patches, and the drafter of each runner."""

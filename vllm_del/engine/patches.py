@@ -1,0 +1,146 @@
+"""The ledger: every place where vLLM is patched, why, and what upstream change would end it.
+
+Each entry is one small function that gets the original first. All of them leave vLLM as it is for anyone who
+does not ask for `del`. vLLM has no registry for speculators from outside its tree (RFCs vllm-project/vllm#36219
+and #51212, both open); with one, the entries marked [registry] go.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs, optional_type
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from vllm_del.config import METHOD, DelConfig, as_fields, asks_for_del
+from vllm_del.engine.support import check_supported
+
+_MARK = "_vllm_del_patch"
+
+
+def apply() -> None:
+    """Apply what a process needs before it knows whether `del` is asked for. Idempotent."""
+    _wrap(EngineArgs, "add_cli_args", _accept_del_on_the_command_line)
+    _wrap(EngineArgs, "create_engine_config", _expand_the_word_and_check)
+    _wrap(EngineArgs, "create_speculative_config", _build_del_config)
+    _wrap(WorkerWrapperBase, "init_device", _install_the_drafter)
+
+
+def apply_refusal(reason: str) -> None:
+    """For a vLLM outside the supported range: asking for `del` raises `reason`; all else is untouched."""
+
+    def refuse(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if asks_for_del(self.speculative_config, self.spec_method):
+            raise ValueError(reason)
+        return original(self, *args, **kwargs)
+
+    _wrap(EngineArgs, "add_cli_args", _accept_del_on_the_command_line)
+    _wrap(EngineArgs, "create_engine_config", refuse)
+
+
+def _accept_del_on_the_command_line(original: Callable, parser: Any) -> Any:
+    """[registry] `--speculative-config del` and `--spec-method del`.
+
+    Why: the first is parsed as JSON, the second against the methods of vLLM's own Literal.
+    """
+    parser = original(parser)
+    for action in parser._actions:
+        if "--speculative-config" in action.option_strings:
+            action.type = optional_type(lambda text: as_fields(text) if text == METHOD else json.loads(text))
+        elif "--spec-method" in action.option_strings and METHOD not in (action.choices or [METHOD]):
+            action.choices = [*action.choices, METHOD]
+    return parser
+
+
+def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+    """[registry] `LLM(speculative_config="del")`, and the refusal of what `del` cannot serve.
+
+    Why: vLLM takes a dict here, and checks its own methods only. Checked after the whole configuration
+    exists and before any process starts, so that a refusal is one error in the user's own process.
+    """
+    self.speculative_config = as_fields(self.speculative_config)
+    vllm_config = original(self, *args, **kwargs)
+    if isinstance(vllm_config.speculative_config, DelConfig):
+        check_supported(vllm_config)
+    return vllm_config
+
+
+def _build_del_config(
+    original: Callable, self: EngineArgs, target_model_config: Any, target_parallel_config: Any
+) -> Any:
+    """[registry] `method: "del"` becomes a DelConfig.
+
+    Why: vLLM builds its own SpeculativeConfig, whose `method` is a closed Literal.
+    """
+    if not asks_for_del(self.speculative_config, self.spec_method):
+        return original(self, target_model_config, target_parallel_config)
+    if self.spec_model is not None:
+        raise ValueError(f"--spec-model {self.spec_model!r}: method 'del' drafts with the served model; leave it out")
+    given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
+    for flag, key, value in (
+        ("--spec-method", "method", self.spec_method),
+        ("--spec-tokens", "num_speculative_tokens", self.spec_tokens),
+    ):
+        if value is not None and key in given:
+            raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive: give one")
+        if value is not None:
+            given[key] = value
+    return DelConfig(**given, target_model_config=target_model_config, target_parallel_config=target_parallel_config)
+
+
+def _install_the_drafter(original: Callable, self: WorkerWrapperBase) -> None:
+    """[registry] The worker's model runner gets our drafter when, and only when, its config is a DelConfig.
+
+    Why here: it is the last call before a runner is built, in every kind of worker process, and the first
+    that knows the configuration; so a runner's module is imported only by a worker that uses it.
+    """
+    config = self.vllm_config
+    assert config is not None
+    if isinstance(config.speculative_config, DelConfig):
+        if config.use_v2_model_runner:
+            import vllm.v1.worker.gpu.model_runner as runner_v2
+
+            _wrap(runner_v2, "init_speculator", _make_speculator)
+        else:
+            from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+            _wrap(DraftModelProposer, "__new__", _make_proposer)
+    original(self)
+
+
+def _make_speculator(original: Callable, vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
+    """[registry] V2 runner: a DelSpeculator where vLLM would build its draft-model speculator."""
+    if not isinstance(vllm_config.speculative_config, DelConfig):
+        return original(vllm_config, device, req_states)
+    from vllm_del.engine.speculator import DelSpeculator
+
+    return DelSpeculator(vllm_config, device)
+
+
+def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> Any:
+    """[registry] V1 runner: `DraftModelProposer(...)` yields a DelProposer, its subclass.
+
+    Why `__new__`: the runner tests `isinstance` against the name it calls, so the name has to stay.
+    """
+    from vllm_del.engine.proposer import DelProposer
+
+    vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    return object.__new__(DelProposer if isinstance(vllm_config.speculative_config, DelConfig) else cls)
+
+
+def _wrap(owner: Any, name: str, patch: Callable) -> None:
+    """Replace `owner.name` by `patch(original, ...)`, once however often it is called."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return patch(original, *args, **kwargs)
+
+    setattr(patched, _MARK, True)
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod) or name == "__new__"
+    setattr(owner, name, staticmethod(patched) if is_static and inspect.isclass(owner) else patched)

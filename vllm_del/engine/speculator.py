@@ -1,0 +1,139 @@
+"""DelSpeculator: `del` on vLLM's Model Runner V2, the default wherever Triton works.
+
+It differs from vLLM's own draft-model speculator in what it has not: no weights of its own, no KV cache of its
+own, and no prefill, because the target has computed the early layers' KV of every accepted token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_del.config import DelConfig
+from vllm_del.draft.head import ExitHead
+from vllm_del.draft.loop import DraftRows, draft
+from vllm_del.draft.network import EarlyExitNetwork
+from vllm_del.engine.layers import early_attention_layers, log_plan
+
+
+class DelSpeculator(DraftModelSpeculator):
+    """Drafts for the V2 runner. Everything that varies from step to step lives on the device."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        config = vllm_config.speculative_config
+        assert isinstance(config, DelConfig)
+        self.depth = config.exit_layer
+        self.live = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)
+        # These buffers are the drafter's own, and a draft step has one query token a row: set once.
+        torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Take the target's early layers as the draft network. Loads nothing, and marks no layer as a draft's.
+
+        Raises `ValueError` if the target's forward is not of the form the network runs.
+        """
+        self.model = self.load_draft_model(target_model, set())
+        self.head = ExitHead(target_model)
+        self.draft_attn_layer_names = early_attention_layers(self.model, self.depth)
+        log_plan(self.vllm_config, self.model, "V2")
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> EarlyExitNetwork:
+        return EarlyExitNetwork.from_target(target_model)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Draft steps run eagerly: there is no graph to manage yet."""
+
+    def capture(self) -> None:
+        """Draft steps run eagerly: there is no graph to capture yet."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        # [num_tokens, hidden_size]
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        # [num_reqs]
+        num_sampled: torch.Tensor,
+        # [num_reqs]
+        num_rejected: torch.Tensor,
+        # [max_num_reqs, 1]
+        last_sampled: torch.Tensor,
+        *_: Any,
+        num_speculative_tokens: int | None = None,
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        **__: Any,
+    ) -> torch.Tensor:
+        """Draft tokens [num_reqs, num_speculative_steps] int64; the first `num_speculative_tokens` count."""
+        num_rows = input_batch.num_reqs
+        num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        num_padded, num_tokens_across_dp = num_rows, None
+        if dp_sync_state is not None:
+            sync, num_padded = self._build_uniform_batch_dp_sync(dp_sync_state, num_rows)
+            num_tokens_across_dp = sync.num_tokens_across_dp
+
+        rows = self._rows(num_padded)
+        rows.input_ids[:num_rows].copy_(last_sampled[input_batch.idx_mapping].view(-1))
+        # seq_lens counts what the verification computed; the next token goes to the position after what it kept.
+        rows.positions.fill_(-1)
+        rows.positions[:num_rows].add_(input_batch.seq_lens[:num_rows]).sub_(num_rejected)
+        # A row whose prompt is unfinished has sampled nothing; a dummy batch owns no blocks.
+        rows.live.zero_()
+        if not dummy_run:
+            torch.gt(num_sampled, 0, out=rows.live[:num_rows])
+
+        batch_desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_padded, num_reqs=num_rows)
+        seq_lens_bound = input_batch.seq_lens_cpu_upper_bound
+        self.draft_max_seq_len = min(int(seq_lens_bound[:num_rows].max()) + num_steps, self.max_model_len)
+        skip_attention = dummy_run and skip_attn_for_dummy_run
+
+        @contextmanager
+        def attention(step: int) -> Iterator[None]:
+            metadata = slot_mapping = None
+            if not skip_attention:
+                # vLLM counts the tokens that a draft has beyond the verified ones; our first step has one.
+                metadata = self._build_uniform_attn_metadata(batch_desc, num_rows, 1, seq_lens_bound, step=step + 1)
+                slot_mapping = build_slot_mappings_by_layer(
+                    self.block_tables.slot_mappings[:, :num_padded], self.kv_cache_config
+                )
+            with set_forward_context(
+                metadata,
+                self.vllm_config,
+                num_tokens=num_padded,
+                num_tokens_across_dp=num_tokens_across_dp,
+                slot_mapping=slot_mapping,
+                batch_descriptor=BatchDescriptor(num_tokens=num_padded),
+            ):
+                yield
+
+        drafts = self.draft_tokens[:num_padded, :num_steps]
+        draft(self.model, self.head, rows, attention, self.depth, self.max_model_len, drafts)
+        return self.draft_tokens[:num_rows]
+
+    def _rows(self, num_rows: int) -> DraftRows:
+        # Memory profiling drafts before there is a KV cache.
+        tables = getattr(self, "block_tables", None)
+        return DraftRows(
+            input_ids=self.input_buffers.input_ids[:num_rows],
+            positions=self.input_buffers.positions[:num_rows],
+            seq_lens=self.input_buffers.seq_lens[:num_rows],
+            live=self.live[:num_rows],
+            block_tables=[table[:num_rows] for table in tables.input_block_tables] if tables else [],
+            block_sizes=tables.block_sizes if tables else [],
+            slots=list(tables.slot_mappings[:, :num_rows]) if tables else [],
+        )

@@ -1,0 +1,57 @@
+"""What `del` cannot serve, refused at start-up in one error that says what to change."""
+
+from collections.abc import Iterator
+
+from vllm.config import VllmConfig
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` naming every setting of `vllm_config` that `del` cannot work with."""
+    problems = list(_problems(vllm_config))
+    if problems:
+        raise ValueError(
+            "The speculative method 'del' cannot serve this configuration:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+            + "\nChange it as said, or start without --speculative-config del."
+        )
+
+
+def _problems(vllm_config: VllmConfig) -> Iterator[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    name = f"model {model.model!r} ({', '.join(model.architectures)})"
+
+    if model.runner_type != "generate":
+        yield f"runner={model.runner_type!r}: a pooling model generates no tokens to draft; serve it without 'del'"
+    if model.is_encoder_decoder:
+        yield f"{name} is an encoder-decoder: serve a decoder-only model"
+    if model.is_multimodal_model:
+        yield f"{name} takes multimodal inputs: serve its text-only model"
+    if model.use_mla:
+        yield f"{name} uses multi-head latent attention (MLA): serve a model with ordinary attention"
+    if model.is_hybrid or model.is_attention_free:
+        yield f"{name} has recurrent (Mamba, linear-attention) layers: serve a pure transformer"
+    if getattr(model, "is_diffusion", False):
+        yield f"{name} is a diffusion model: serve an autoregressive one"
+
+    for field, value in (
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size),
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
+    ):
+        if value > 1:
+            yield f"{field}={value}: set it to 1 (tensor and data parallelism work)"
+    if parallel.enable_eplb:
+        yield "enable_eplb=True: set it to False"
+    if parallel.use_ubatching:
+        yield "dual batch overlap (enable_dbo or ubatch_size) is on: turn it off"
+    if vllm_config.lora_config is not None:
+        yield "enable_lora=True: merge the adapter into the model, or serve it without 'del'"
+    if vllm_config.kv_transfer_config is not None:
+        yield "kv_transfer_config is set: 'del' does not draft across a KV connector; leave it out"
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        yield "kv_sharing_fast_prefill=True: set it to False"
+    if vllm_config.device_config.device_type != "cpu" and not vllm_config.use_v2_model_runner:
+        yield (
+            f"model runner V1 on {vllm_config.device_config.device_type!r}: 'del' needs Model Runner V2 there; "
+            "unset VLLM_USE_V2_MODEL_RUNNER=0, and what vLLM's log names as unsupported by V2"
+        )

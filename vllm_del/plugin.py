@@ -1,0 +1,24 @@
+"""The entry point vLLM calls in every process: makes the word `del` known, and does no more than that.
+
+vLLM loads the `vllm.general_plugins` group in the API process, the engine core and every worker. What is
+patched, where and why stands in `vllm_del.engine.patches`; nothing there acts before a user asks for `del`.
+"""
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
+
+
+def register() -> None:
+    """Apply the patches that let vLLM understand `del`. Idempotent."""
+    from vllm import __version__ as vllm_version
+
+    from vllm_del.engine import patches
+
+    if SUPPORTED_VLLM.contains(vllm_version, prereleases=True):
+        patches.apply()
+    else:
+        patches.apply_refusal(
+            f"vllm-del supports vLLM {SUPPORTED_VLLM}, but vLLM {vllm_version} is installed: "
+            f"install a supported vLLM, or start without the speculative method 'del'."
+        )
