@@ -102,8 +102,10 @@ def _stand_in_layers(decoder: nn.Module) -> Iterator[None]:
 
     def stand_in(index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            if kwargs or len(args) != 3:
-                given = [f"<{type(a).__name__}>" for a in args] + [f"{key}=..." for key in kwargs]
+            # An option the model leaves unset (Mistral's t_cond=None) is one the network may leave out.
+            options = {key: value for key, value in kwargs.items() if value is not None}
+            if options or len(args) != 3:
+                given = [f"<{type(a).__name__}>" for a in args] + [f"{key}=..." for key in options]
                 raise _UnknownLayerCall(f"layer({', '.join(given)})")
             positions, hidden_states, residual = args
             residual = hidden_states if residual is None else hidden_states + residual

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs, optional_type
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -105,9 +106,12 @@ def _install_the_drafter(original: Callable, self: WorkerWrapperBase) -> None:
 
             _wrap(runner_v2, "init_speculator", _make_speculator)
         else:
+            import vllm.v1.sample.rejection_sampler as sampler_v1
             from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
             _wrap(DraftModelProposer, "__new__", _make_proposer)
+            _wrap(sampler_v1, "apply_sampling_constraints", _allow_no_drafts)
+            _wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
     original(self)
 
 
@@ -129,6 +133,35 @@ def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> 
 
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     return object.__new__(DelProposer if isinstance(vllm_config.speculative_config, DelConfig) else cls)
+
+
+def _allow_no_drafts(original: Callable, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """V1 runner on a CPU: a step in which no sequence has a draft may have requests with `top_k`.
+
+    Why: vLLM 0.32 takes the largest `top_k` over the drafted positions, and dies where there are none (as in the
+    step of a first prompt) with any speculative method. Goes when vLLM guards `apply_top_k_only` itself.
+    """
+    return original(logits, *args, **kwargs) if logits.shape[0] else logits
+
+
+def _expand_for_any_dtype(
+    _original: Callable,
+    # [batch_size]
+    x: torch.Tensor,
+    # [batch_size]
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """V1 runner on a CPU: temperature, `top_k` and `top_p` of each sequence, repeated for its drafts [num_tokens].
+
+    Why: vLLM 0.32's CPU version fills an int64 copy of its output and drops it unless the output is int64 itself,
+    which these never are; what is then read as temperature is whatever the memory held, so sampled output
+    would not follow the target's distribution. Goes with vllm-project/vllm#42638 or its like.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
 
 
 def _wrap(owner: Any, name: str, patch: Callable) -> None:

@@ -1,0 +1,47 @@
+"""Every architecture is either lossless under `del` or refused at start-up with the reason."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.checkpoints import checkpoint
+from tests.engine.host import Host
+
+SERVED = [
+    "llama",
+    "llama-tied",
+    "qwen2",
+    "qwen3",
+    "mistral-sliding",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3-moe",
+    "phi3",
+]
+REFUSED = {
+    "granite": r"GraniteForCausalLM cannot draft for itself: it calls its layers as layer\(<Tensor>, <Tensor>\)",
+    "gpt2": "GPT2LMHeadModel cannot draft for itself: its decoder has no `embed_input_ids`",
+}
+PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 70)), [9, 4] * 60]
+GREEDY = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_lossless(host: Host, checkpoints: Path, architecture: str) -> None:
+    """Greedy output in float32 is that of vLLM without speculation, and drafts are accepted on the way."""
+    model = checkpoint(checkpoints, architecture)
+    off = host.generate(model, PROMPTS, GREEDY)
+    on = host.generate(model, PROMPTS, GREEDY, {"method": "del", "del_exit_layers": 2})
+    assert on.completions == off.completions
+    assert on.accepted > 0
+    assert on.steps < off.steps
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_refused(host: Host, checkpoints: Path, architecture: str) -> None:
+    with pytest.raises(ValueError, match=REFUSED[architecture]):
+        host.generate(checkpoint(checkpoints, architecture), [[5]], GREEDY, "del")

@@ -1,0 +1,169 @@
+"""Greedy output in float32 equals that of the same vLLM without speculation, token for token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.checkpoints import EOS, checkpoint
+from tests.engine.host import Arrival, Host, Outcome
+
+GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 70)), [9, 4, 88] * 50]
+SPEC = {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": 4}
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Path) -> str:
+    return checkpoint(checkpoints, "llama")
+
+
+def both(
+    host: Host, model: str, prompts: Any, sampling: Any, spec: Any = None, **engine: Any
+) -> tuple[Outcome, Outcome]:
+    """(off, del) for the same requests; asserts equal completions and that drafts were accepted."""
+    off = host.generate(model, prompts, sampling, **engine)
+    on = host.generate(model, prompts, sampling, spec or SPEC, **engine)
+    assert on.completions == off.completions
+    assert on.accepted > 0
+    return off, on
+
+
+def test_batch_of_prompts_of_one_token_and_of_several_chunks(host: Host, model: str) -> None:
+    off, on = both(host, model, PROMPTS, GREEDY, max_num_batched_tokens=48)
+    assert on.steps < off.steps
+
+
+@pytest.mark.parametrize("host", ["v2"], indirect=True)
+def test_asynchronous_scheduling(host: Host, model: str) -> None:
+    """V2's default on a GPU. V1 serves CPUs only, where vLLM never schedules asynchronously."""
+    both(host, model, PROMPTS, GREEDY, max_num_batched_tokens=48, async_scheduling=True)
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, 16])
+def test_extreme_exits_and_lengths(host: Host, model: str, exit_layer: int, num_tokens: int) -> None:
+    spec = {"method": "del", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
+    _, on = both(host, model, PROMPTS, GREEDY, spec)
+    assert on.drafted % num_tokens == 0
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_shared_prefixes(host: Host, model: str, caching: bool) -> None:
+    """Later requests reuse cached blocks of earlier ones; a draft must not have spoilt them."""
+    prefix = [(7 * i) % 150 + 5 for i in range(100)]
+    arrivals = [Arrival(prefix + [10 + i], GREEDY, step=6 * i) for i in range(5)]
+    arrivals += [Arrival(prefix[:70], GREEDY, step=40)]
+    off = host.serve(model, arrivals, enable_prefix_caching=caching)
+    on = host.serve(model, arrivals, SPEC, enable_prefix_caching=caching)
+    assert on.completions == off.completions
+    assert on.accepted > 0
+    assert (on.cached_tokens > 0) == caching
+    assert on.cached_tokens == off.cached_tokens
+
+
+def test_generated_text_served_again_from_the_prefix_cache(host: Host, model: str) -> None:
+    """Blocks cached while generating with drafts hold what the target computes: a second turn reuses them."""
+    (first,) = host.generate(model, [PROMPTS[2]], GREEDY).completions[0]
+    turns = [Arrival(PROMPTS[2], GREEDY), Arrival([*PROMPTS[2], *first.token_ids], GREEDY, step=60)]
+    off = host.serve(model, turns)
+    on = host.serve(model, turns, SPEC, enable_prefix_caching=True)
+    assert on.completions == off.completions
+    assert on.cached_tokens >= 64
+
+
+def test_preemption(host: Host, model: str) -> None:
+    """A KV cache so small that requests are preempted and resumed."""
+    prompts = [[10 + i, *range(30, 60)] for i in range(6)]
+    sampling = {**GREEDY, "max_tokens": 100}
+    off = host.generate(model, prompts, sampling)
+    on = host.generate(model, prompts, sampling, SPEC, num_gpu_blocks_override=14)
+    assert on.completions == off.completions
+    assert on.preemptions > 0
+    assert on.accepted > 0
+
+
+def test_longest_length_reached_inside_a_draft(host: Host, model: str) -> None:
+    """Sequences end at max_model_len at different points of a draft, beside others that go on."""
+    prompts = [list(range(5, 5 + length)) for length in (90, 91, 92, 93, 94, 20)]
+    sampling = {**GREEDY, "max_tokens": 60}
+    _, on = both(host, model, prompts, sampling, {**SPEC, "num_speculative_tokens": 7}, max_model_len=96)
+    assert [len(c[0].token_ids) for c in on.completions] == [6, 5, 4, 3, 2, 60]
+
+
+def test_one_long_sequence_does_not_stop_the_others_drafting(host: Host, model: str) -> None:
+    """vLLM's V1 runner would stop drafting for the batch while one sequence is near max_model_len."""
+    near_the_end = Arrival(list(range(5, 93)), {**GREEDY, "max_tokens": 8})
+    other = Arrival([7, 8, 9], {**GREEDY, "max_tokens": 16})
+    on = host.serve(model, [near_the_end, other], {**SPEC, "num_speculative_tokens": 7}, max_model_len=96)
+    alone = host.serve(model, [other], {**SPEC, "num_speculative_tokens": 7}, max_model_len=96)
+    assert on.completions[1] == alone.completions[0]
+    assert on.accepted >= alone.accepted
+
+
+def test_stop_strings_and_stop_tokens_inside_a_draft(host: Host, model: str) -> None:
+    (free,) = host.generate(model, [PROMPTS[1]], GREEDY).completions[0]
+    stops: list[dict[str, Any]] = []
+    for at in (7, 8, 9, 10, 11):
+        token = free.token_ids[at]
+        stops += [{"stop_token_ids": [token]}, {"stop": [f"w{token}"]}, {"stop": [f"w{token}"], "min_tokens": at + 2}]
+    sampling = [{**GREEDY, **stop} for stop in stops]
+    _, on = both(host, model, [PROMPTS[1]] * len(sampling), sampling)
+    assert any(c[0].finish_reason == "stop" for c in on.completions)
+
+
+def test_end_of_sequence_inside_a_draft(host: Host, checkpoints: Path) -> None:
+    """Without `ignore_eos` generation ends at the model's own end token, wherever in a draft it falls."""
+    ends = [EOS, 20, 40, 60, 80, 100, 120, 140]
+    model = checkpoint(checkpoints, "llama", eos_token_id=ends)
+    prompts = [[4 + 7 * i, 150 - 5 * i] for i in range(16)]
+    _, on = both(host, model, prompts, {"temperature": 0, "max_tokens": 40})
+    assert len({len(c[0].token_ids) for c in on.completions if c[0].finish_reason == "stop"}) > 4
+
+
+def test_several_completions_of_a_prompt(host: Host, model: str) -> None:
+    """vLLM allows n > 1 when sampling only; sampling the one most likely token makes that exact."""
+    _, on = both(host, model, PROMPTS[:2], {**GREEDY, "temperature": 1.0, "top_k": 1, "n": 2})
+    assert [len(c) for c in on.completions] == [2, 2]
+
+
+def test_logprobs(host: Host, model: str) -> None:
+    """Log probabilities of drafted tokens are the target's, and the alternatives beside them too."""
+    off, on = both(host, model, PROMPTS[:3], {**GREEDY, "logprobs": 3})
+    for expected, actual in zip(off.completions, on.completions, strict=True):
+        for there, here in zip(expected[0].logprobs, actual[0].logprobs, strict=True):
+            assert [(token, rank) for token, rank, _ in here] == [(token, rank) for token, rank, _ in there]
+            assert [value for *_, value in here] == pytest.approx([value for *_, value in there], abs=1e-3)
+
+
+def test_penalties(host: Host, model: str) -> None:
+    """What changes the target's choice with the text so far holds inside a draft as well."""
+    sampling = [
+        {**GREEDY, "repetition_penalty": 1.3},
+        {**GREEDY, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {**GREEDY, "bad_words": ["w25", "w30 w31"]},
+        {**GREEDY, "min_tokens": 20, "ignore_eos": False},
+    ]
+    both(host, model, PROMPTS, sampling)
+
+
+def test_arrivals_and_aborts_in_flight(host: Host, model: str) -> None:
+    arrivals = [
+        Arrival(PROMPTS[0], GREEDY),
+        Arrival(PROMPTS[3], GREEDY, abort_at=9),
+        Arrival(PROMPTS[1], GREEDY, step=2),
+        Arrival(PROMPTS[2], GREEDY, step=3, abort_at=5),
+        Arrival([99, 98], GREEDY, step=5),
+        Arrival(PROMPTS[2], GREEDY, step=9),
+    ]
+    off = host.serve(model, arrivals, max_num_batched_tokens=64)
+    on = host.serve(model, arrivals, SPEC, max_num_batched_tokens=64)
+    for arrival, expected, actual in zip(arrivals, off.completions, on.completions, strict=True):
+        if arrival.abort_at is None:
+            assert actual == expected
+        elif actual and expected:  # what came before the abort: del may have got further by then
+            shorter = min(len(actual[0].token_ids), len(expected[0].token_ids))
+            assert actual[0].token_ids[:shorter] == expected[0].token_ids[:shorter]
+    assert on.accepted > 0

@@ -1,0 +1,62 @@
+"""Two hundred random cases: any prompts, exit, draft length and batch give what vLLM gives without speculation."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.engine.checkpoints import VOCAB, checkpoint
+from tests.engine.host import Arrival, Host
+
+MODELS = [(architecture, seed) for architecture in ("llama", "qwen2", "qwen3", "llama-tied") for seed in (1, 2, 3)]
+# V2 runs in Triton's interpreter here, some hundred times slower.
+CASES_PER_MODEL = {"v1": 17, "v2": 3}
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(("architecture", "seed"), MODELS)
+def test_random_cases(host: Host, checkpoints: Path, architecture: str, seed: int) -> None:
+    """All cases of a model share its engines; requests arrive at random steps and are of random lengths."""
+    rng = random.Random(f"{architecture} {seed}")
+    model = checkpoint(checkpoints, architecture, seed)
+    specs = [
+        {
+            "method": "del",
+            "del_exit_layers": rng.randint(1, 3),
+            "num_speculative_tokens": rng.choice([1, 2, 3, 4, 6, 9, 16]),
+        }
+        for _ in range(2)
+    ]
+    engine = {"max_num_batched_tokens": rng.choice([24, 64, 200]), "enable_prefix_caching": rng.random() < 0.5}
+    accepted = 0
+    for case in range(CASES_PER_MODEL[host.runner]):
+        arrivals = _requests(rng, host.runner)
+        off = host.serve(model, arrivals, **engine)
+        on = host.serve(model, arrivals, specs[case % 2], **engine)
+        assert on.completions == off.completions, f"case {case}: {specs[case % 2]}, {engine}, {arrivals}"
+        accepted += on.accepted
+    assert accepted > 0
+
+
+def _requests(rng: random.Random, runner: str) -> list[Arrival]:
+    """A batch of one to eight requests, some of them sharing a prefix."""
+    shared = _tokens(rng, 80)
+    return [
+        Arrival(
+            prompt=shared[: rng.randint(0, 80)] + _tokens(rng, rng.choice([1, 1, 2, 10, 60])),
+            sampling={
+                "temperature": 0,
+                "max_tokens": rng.randint(1, 40 if runner == "v1" else 16),
+                "ignore_eos": rng.random() < 0.8,
+                "stop_token_ids": _tokens(rng, rng.choice([0, 0, 3])),
+                "detokenize": False,
+            },
+            step=rng.choice([0, 0, 0, 1, 4, 9]),
+        )
+        for _ in range(rng.randint(1, 8 if runner == "v1" else 4))
+    ]
+
+
+def _tokens(rng: random.Random, number: int) -> list[int]:
+    return [rng.randrange(4, VOCAB) for _ in range(number)]
