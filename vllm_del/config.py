@@ -8,11 +8,12 @@ are right for a drafter that writes KV ahead. `isinstance(config, DelConfig)` is
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StrictInt
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 
-METHOD = "del"
+from vllm_del.asking import METHOD
+
 DEFAULT_NUM_SPECULATIVE_TOKENS = 4
 
 # Inherited fields that mean for `del` what they mean elsewhere, or that vLLM fills in itself.
@@ -40,6 +41,13 @@ def _parse_exit_layers(value: Any) -> Any:
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _refuse_bool(value: Any) -> Any:
+    """`true` would count as 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"num_speculative_tokens={value!r}: give a whole number")
+    return value
+
+
 @config
 class DelConfig(SpeculativeConfig):
     """Self-speculation: the target's first layers, its final norm and its LM head draft.
@@ -49,10 +57,12 @@ class DelConfig(SpeculativeConfig):
 
     method: Literal["del", "draft_model"] = "del"
     """Always `"del"` for a user; `"draft_model"` afterwards, see the module's docstring."""
-    num_speculative_tokens: int = Field(default=DEFAULT_NUM_SPECULATIVE_TOKENS, ge=1, le=64)
+    num_speculative_tokens: Annotated[int, BeforeValidator(_refuse_bool)] = Field(
+        default=DEFAULT_NUM_SPECULATIVE_TOKENS, ge=1, le=64
+    )
     """The largest number of tokens drafted for a sequence in one round."""
-    del_exit_layers: Annotated[Literal["auto"] | list[int], BeforeValidator(_parse_exit_layers)] = "auto"
-    """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes one sixth of the
+    del_exit_layers: Annotated[Literal["auto"] | list[StrictInt], BeforeValidator(_parse_exit_layers)] = "auto"
+    """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes a fifth of the
     model's depth. With `del_policy: "fixed"` every draft leaves at the first depth listed."""
     del_policy: Literal["fixed"] = "fixed"
     """How the exit layer and the draft length are chosen. `"fixed"`: always the same ones."""
@@ -82,9 +92,15 @@ class DelConfig(SpeculativeConfig):
         """0: a draft step feeds one token a sequence, in the place the verification left free."""
         return 0
 
+    @classmethod
+    def accepted_fields(cls) -> list[str]:
+        """The fields a user may give."""
+        own = sorted(field.name for field in fields(cls) if field.name.startswith("del_"))
+        return ["method", "num_speculative_tokens", *own]
+
     def _reject_foreign_fields(self) -> None:
         """Refuse fields of other speculative methods, which would silently do nothing here."""
-        accepted = sorted(f.name for f in fields(self) if f.name.startswith("del_"))
+        accepted = self.accepted_fields()
         for field in fields(self):
             if field.name in _SHARED_FIELDS or field.name in accepted:
                 continue
@@ -92,7 +108,7 @@ class DelConfig(SpeculativeConfig):
             if field.default is not MISSING and value != _plain_default(field.default):
                 raise ValueError(
                     f"{field.name}={value!r} has no meaning for method 'del' (the target model drafts for "
-                    f"itself): leave it out. Accepted: num_speculative_tokens, {', '.join(accepted)}"
+                    f"itself): leave it out. Accepted: {', '.join(accepted)}"
                 )
 
     def __repr__(self) -> str:
@@ -108,29 +124,14 @@ def _plain_default(default: Any) -> Any:
 
 
 def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int) -> list[int]:
-    """`wanted` as a list of distinct depths in [1, depth - 1]; one sixth of `depth` for `"auto"`."""
+    """`wanted` as a list of distinct depths in [1, depth - 1]; a fifth of `depth` for `"auto"`."""
     if depth < 2:
         raise ValueError(f"method='del' needs a model of at least 2 layers; this one has {depth}")
     if wanted == "auto":
-        return [max(1, depth // 6)]
+        return [max(1, round(depth / 5))]
     wrong = [layer for layer in wanted if not 1 <= layer < depth]
     if wrong or not wanted:
         raise ValueError(
             f"del_exit_layers={wanted!r}: give depths from 1 to {depth - 1} (the model has {depth} layers), or 'auto'"
         )
     return list(dict.fromkeys(wanted))
-
-
-def as_fields(speculative_config: Any) -> Any:
-    """The one-word form, `"del"`, as the dict it stands for; anything else unchanged."""
-    return {"method": METHOD} if speculative_config == METHOD else speculative_config
-
-
-def asks_for_del(speculative_config: Any, spec_method: str | None) -> bool:
-    """Whether a user's `speculative_config` (any form) or `--spec-method` names `del` or one of its fields."""
-    given = as_fields(speculative_config)
-    if not isinstance(given, dict):
-        return spec_method == METHOD
-    method = given.get("method", spec_method)
-    names_a_field = any(key.replace("-", "_").startswith("del_") for key in given)
-    return method == METHOD or (method is None and names_a_field)

@@ -13,12 +13,15 @@ def register() -> None:
     """Apply the patches that let vLLM understand `del`. Idempotent."""
     from vllm import __version__ as vllm_version
 
-    from vllm_del.engine import patches
-
     if SUPPORTED_VLLM.contains(vllm_version, prereleases=True):
-        patches.apply()
+        from vllm_del.engine.patches import apply
+
+        apply()
     else:
-        patches.apply_refusal(
+        # Nothing else of ours is imported: it may not fit this vLLM, and an error here would stop vLLM for everyone.
+        from vllm_del.engine.command_line import apply_refusal
+
+        apply_refusal(
             f"vllm-del supports vLLM {SUPPORTED_VLLM}, but vLLM {vllm_version} is installed: "
             f"install a supported vLLM, or start without the speculative method 'del'."
         )

@@ -18,3 +18,13 @@ def use_triton_interpreter() -> None:
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(compiler=None, driver=_NoDriver)
+
+
+def avoid_uninterpretable_kernels() -> None:
+    """Call after vLLM is imported: its fused top-k/top-p kernel does arithmetic the interpreter lacks.
+
+    vLLM's own torch version of it takes its place.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler as ops
+
+    ops.apply_top_k_top_p_triton = ops.apply_top_k_top_p_pytorch

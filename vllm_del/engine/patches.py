@@ -5,55 +5,28 @@ does not ask for `del`. vLLM has no registry for speculators from outside its tr
 and #51212, both open); with one, the entries marked [registry] go.
 """
 
-import functools
-import inspect
-import json
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs, optional_type
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from vllm_del.config import METHOD, DelConfig, as_fields, asks_for_del
+from vllm_del.asking import as_fields, asks_for_del
+from vllm_del.config import DelConfig
+from vllm_del.engine.command_line import accept_del
 from vllm_del.engine.support import check_supported
-
-_MARK = "_vllm_del_patch"
+from vllm_del.engine.wrap import wrap
 
 
 def apply() -> None:
     """Apply what a process needs before it knows whether `del` is asked for. Idempotent."""
-    _wrap(EngineArgs, "add_cli_args", _accept_del_on_the_command_line)
-    _wrap(EngineArgs, "create_engine_config", _expand_the_word_and_check)
-    _wrap(EngineArgs, "create_speculative_config", _build_del_config)
-    _wrap(WorkerWrapperBase, "init_device", _install_the_drafter)
-
-
-def apply_refusal(reason: str) -> None:
-    """For a vLLM outside the supported range: asking for `del` raises `reason`; all else is untouched."""
-
-    def refuse(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        if asks_for_del(self.speculative_config, self.spec_method):
-            raise ValueError(reason)
-        return original(self, *args, **kwargs)
-
-    _wrap(EngineArgs, "add_cli_args", _accept_del_on_the_command_line)
-    _wrap(EngineArgs, "create_engine_config", refuse)
-
-
-def _accept_del_on_the_command_line(original: Callable, parser: Any) -> Any:
-    """[registry] `--speculative-config del` and `--spec-method del`.
-
-    Why: the first is parsed as JSON, the second against the methods of vLLM's own Literal.
-    """
-    parser = original(parser)
-    for action in parser._actions:
-        if "--speculative-config" in action.option_strings:
-            action.type = optional_type(lambda text: as_fields(text) if text == METHOD else json.loads(text))
-        elif "--spec-method" in action.option_strings and METHOD not in (action.choices or [METHOD]):
-            action.choices = [*action.choices, METHOD]
-    return parser
+    wrap(EngineArgs, "add_cli_args", accept_del)
+    wrap(EngineArgs, "create_engine_config", _expand_the_word_and_check)
+    wrap(EngineArgs, "create_speculative_config", _build_del_config)
+    wrap(WorkerWrapperBase, "init_device", _install_the_drafter)
 
 
 def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -89,7 +62,18 @@ def _build_del_config(
             raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive: give one")
         if value is not None:
             given[key] = value
+    _check_names(given)
     return DelConfig(**given, target_model_config=target_model_config, target_parallel_config=target_parallel_config)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """Refuse an unknown field here: pydantic's own message would not say what is accepted."""
+    known = {field.name for field in fields(DelConfig)}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(
+                f"{name}={value!r} is no field of method 'del'. Accepted: {', '.join(DelConfig.accepted_fields())}"
+            )
 
 
 def _install_the_drafter(original: Callable, self: WorkerWrapperBase) -> None:
@@ -104,14 +88,14 @@ def _install_the_drafter(original: Callable, self: WorkerWrapperBase) -> None:
         if config.use_v2_model_runner:
             import vllm.v1.worker.gpu.model_runner as runner_v2
 
-            _wrap(runner_v2, "init_speculator", _make_speculator)
+            wrap(runner_v2, "init_speculator", _make_speculator)
         else:
             import vllm.v1.sample.rejection_sampler as sampler_v1
             from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-            _wrap(DraftModelProposer, "__new__", _make_proposer)
-            _wrap(sampler_v1, "apply_sampling_constraints", _allow_no_drafts)
-            _wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
+            wrap(DraftModelProposer, "__new__", _make_proposer)
+            wrap(sampler_v1, "apply_sampling_constraints", _allow_no_drafts)
+            wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
     original(self)
 
 
@@ -162,18 +146,3 @@ def _expand_for_any_dtype(
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
-
-
-def _wrap(owner: Any, name: str, patch: Callable) -> None:
-    """Replace `owner.name` by `patch(original, ...)`, once however often it is called."""
-    original = getattr(owner, name)
-    if getattr(original, _MARK, False):
-        return
-
-    @functools.wraps(original)
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        return patch(original, *args, **kwargs)
-
-    setattr(patched, _MARK, True)
-    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod) or name == "__new__"
-    setattr(owner, name, staticmethod(patched) if is_static and inspect.isclass(owner) else patched)

@@ -94,7 +94,9 @@ class DelProposer(DraftModelProposer):
         rows.live.zero_()
         torch.logical_not(self.runner.discard_request_mask.gpu[:num_rows], out=rows.live[:num_rows])
         draft_tokens = torch.empty(num_padded, num_speculative_tokens, dtype=torch.int64, device=self.device)
-        max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, self.max_model_len)
+        # Not our own copy: vLLM may have fitted the length to the memory since (--max-model-len auto).
+        max_model_len = self.vllm_config.model_config.max_model_len
+        max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
 
         @contextmanager
         def attention(step: int) -> Iterator[None]:
@@ -121,7 +123,7 @@ class DelProposer(DraftModelProposer):
             ):
                 yield
 
-        draft(self.model, self.head, rows, attention, self.depth, self.max_model_len, draft_tokens)
+        draft(self.model, self.head, rows, attention, self.depth, max_model_len, draft_tokens)
         return draft_tokens[:num_rows]
 
     def _rows(self, num_rows: int) -> DraftRows:
@@ -146,6 +148,3 @@ class DelProposer(DraftModelProposer):
                 None, self.vllm_config, num_tokens=num_padded, num_tokens_across_dp=num_tokens_across_dp
             ):
                 self.model(self.input_ids[:num_padded], self.positions[:num_padded], self.depth)
-
-    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
-        """Nothing to validate: the early layers may lie in several groups (sliding and full attention)."""

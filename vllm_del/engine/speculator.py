@@ -99,7 +99,9 @@ class DelSpeculator(DraftModelSpeculator):
 
         batch_desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_padded, num_reqs=num_rows)
         seq_lens_bound = input_batch.seq_lens_cpu_upper_bound
-        self.draft_max_seq_len = min(int(seq_lens_bound[:num_rows].max()) + num_steps, self.max_model_len)
+        # Not our own copy: vLLM may have fitted the length to the memory since (--max-model-len auto).
+        max_model_len = self.vllm_config.model_config.max_model_len
+        self.draft_max_seq_len = min(int(seq_lens_bound[:num_rows].max()) + num_steps, max_model_len)
         skip_attention = dummy_run and skip_attn_for_dummy_run
 
         @contextmanager
@@ -122,7 +124,7 @@ class DelSpeculator(DraftModelSpeculator):
                 yield
 
         drafts = self.draft_tokens[:num_padded, :num_steps]
-        draft(self.model, self.head, rows, attention, self.depth, self.max_model_len, drafts)
+        draft(self.model, self.head, rows, attention, self.depth, max_model_len, drafts)
         return self.draft_tokens[:num_rows]
 
     def _rows(self, num_rows: int) -> DraftRows:

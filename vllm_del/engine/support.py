@@ -43,11 +43,12 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
     if parallel.enable_eplb:
         yield "enable_eplb=True: set it to False"
     if parallel.use_ubatching:
-        yield "dual batch overlap (enable_dbo or ubatch_size) is on: turn it off"
+        yield f"dual batch overlap is on (enable_dbo={parallel.enable_dbo}, ubatch_size={parallel.ubatch_size}): turn it off"
     if vllm_config.lora_config is not None:
         yield "enable_lora=True: merge the adapter into the model, or serve it without 'del'"
     if vllm_config.kv_transfer_config is not None:
-        yield "kv_transfer_config is set: 'del' does not draft across a KV connector; leave it out"
+        connector = vllm_config.kv_transfer_config.kv_connector
+        yield f"kv_transfer_config with kv_connector={connector!r}: 'del' does not draft across one; leave it out"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill=True: set it to False"
     if vllm_config.device_config.device_type != "cpu" and not vllm_config.use_v2_model_runner:

@@ -1,0 +1,201 @@
+"""`advance_rows` against the same thing said in plain Python, one row at a time."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm_del.kernels.advance_rows import PAD_SLOT, advance_rows
+
+GARBAGE = -987_654
+
+
+@dataclass
+class Rows:
+    """What the caller holds: buffers longer than the batch, of which `advance_rows` sees the first rows."""
+
+    num_rows: int
+    max_model_len: int
+    block_sizes: list[int]
+    positions: torch.Tensor
+    live: torch.Tensor
+    block_tables: list[torch.Tensor]
+    seq_lens: torch.Tensor
+    slots: torch.Tensor
+
+    def advance(self) -> None:
+        advance_rows(
+            self.positions[: self.num_rows],
+            self.seq_lens[: self.num_rows],
+            self.live[: self.num_rows],
+            [table[: self.num_rows] for table in self.block_tables],
+            self.block_sizes,
+            list(self.slots[:, : self.num_rows]),
+            self.max_model_len,
+        )
+
+
+def make_rows(
+    max_model_len: int,
+    block_sizes: list[int],
+    rows: list[tuple[int, bool]],
+    num_unused_rows: int = 0,
+    block_ids: random.Random | None = None,
+) -> Rows:
+    """Rows of (position, live), each with blocks of its own in every group, in no order."""
+    num_rows, num_all = len(rows), len(rows) + num_unused_rows
+    order = block_ids or random.Random(0)
+    tables = []
+    for block_size in block_sizes:
+        blocks_per_row = -(-max_model_len // block_size)
+        blocks = list(range(num_all * blocks_per_row))
+        order.shuffle(blocks)
+        tables.append(torch.tensor(blocks, dtype=torch.int32).view(num_all, blocks_per_row))
+    unused = [(GARBAGE, True)] * num_unused_rows
+    return Rows(
+        num_rows=num_rows,
+        max_model_len=max_model_len,
+        block_sizes=block_sizes,
+        positions=torch.tensor([position for position, _ in rows + unused], dtype=torch.int64),
+        live=torch.tensor([live for _, live in rows + unused], dtype=torch.bool),
+        block_tables=tables,
+        seq_lens=torch.full((num_all,), GARBAGE, dtype=torch.int32),
+        slots=torch.full((len(block_sizes), num_all), GARBAGE, dtype=torch.int64),
+    )
+
+
+def expected_row(
+    position: int, live: bool, tables: list[list[int]], block_sizes: list[int], max_model_len: int
+) -> tuple[int, bool, int, list[int]]:
+    """(position, live, sequence length, slot in each group) of one row after one step."""
+    if live and position + 1 == max_model_len:
+        live = False
+    elif live:
+        position += 1
+    position = min(max(position, 0), max_model_len - 1)
+    slots = []
+    for table, block_size in zip(tables, block_sizes, strict=True):
+        block, offset = divmod(position, block_size)
+        slots.append(table[block] * block_size + offset if live else -1)
+    return position, live, position + 1, slots
+
+
+def check_step(rows: Rows) -> None:
+    """Advance once, and compare all of it with `expected_row`."""
+    positions, live = rows.positions.tolist(), rows.live.tolist()
+    tables = [table.tolist() for table in rows.block_tables]
+    rows.seq_lens.fill_(GARBAGE)
+    rows.slots.fill_(GARBAGE)
+    rows.advance()
+
+    for row in range(rows.num_rows):
+        row_tables = [table[row] for table in tables]
+        expected = expected_row(positions[row], live[row], row_tables, rows.block_sizes, rows.max_model_len)
+        actual = (
+            rows.positions[row].item(),
+            rows.live[row].item(),
+            rows.seq_lens[row].item(),
+            rows.slots[:, row].tolist(),
+        )
+        assert actual == expected, f"row {row}"
+    # What belongs to no row, and what is only read, is left alone.
+    assert rows.positions[rows.num_rows :].tolist() == positions[rows.num_rows :]
+    assert rows.live[rows.num_rows :].tolist() == live[rows.num_rows :]
+    assert (rows.seq_lens[rows.num_rows :] == GARBAGE).all()
+    assert (rows.slots[:, rows.num_rows :] == GARBAGE).all()
+    assert [table.tolist() for table in rows.block_tables] == tables
+
+
+@st.composite
+def any_rows(draw: st.DrawFn) -> Rows:
+    max_model_len = draw(st.integers(1, 40))
+    block_sizes = draw(st.lists(st.integers(1, 17), max_size=3))
+    # A row that is live fed a position that exists, or is about to feed its first; one that is not may hold anything.
+    live_row = st.tuples(st.integers(-1, max_model_len - 1), st.just(True))
+    dead_row = st.tuples(st.integers(-1, max_model_len + 8), st.just(False))
+    rows = draw(st.lists(st.one_of(live_row, dead_row), max_size=9))
+    order = draw(st.randoms(use_true_random=False))
+    return make_rows(max_model_len, block_sizes, rows, draw(st.integers(0, 2)), order)
+
+
+@given(rows=any_rows(), num_steps=st.integers(1, 6))
+@settings(max_examples=200, deadline=None)
+def test_equals_plain_python_step_after_step(rows: Rows, num_steps: int):
+    for _ in range(num_steps):
+        check_step(rows)
+
+
+@given(rows=any_rows(), num_steps=st.integers(1, 6))
+@settings(max_examples=100, deadline=None)
+def test_no_slot_is_written_twice(rows: Rows, num_steps: int):
+    """Disjoint block tables give disjoint slots: over the rows, and over the steps of a round."""
+    written: list[set[int]] = [set() for _ in rows.block_sizes]
+    for _ in range(num_steps):
+        rows.advance()
+        for group, slots in enumerate(rows.slots[:, : rows.num_rows].tolist()):
+            given_out = [slot for slot in slots if slot != PAD_SLOT]
+            assert len(given_out) == int(rows.live[: rows.num_rows].sum())
+            assert len(set(given_out)) == len(given_out)
+            assert not written[group].intersection(given_out)
+            written[group].update(given_out)
+
+
+@given(rows=any_rows(), num_steps=st.integers(1, 6))
+@settings(max_examples=100, deadline=None)
+def test_dead_rows_stay_dead_and_write_nothing(rows: Rows, num_steps: int):
+    for _ in range(num_steps):
+        dead_before = ~rows.live[: rows.num_rows]
+        rows.advance()
+        live = rows.live[: rows.num_rows]
+        assert not (live & dead_before).any()
+        assert (rows.slots[:, : rows.num_rows][:, ~live] == PAD_SLOT).all()
+        assert (rows.slots[:, : rows.num_rows][:, live] >= 0).all()
+
+
+@given(rows=any_rows(), num_steps=st.integers(1, 6))
+@settings(max_examples=100, deadline=None)
+def test_positions_stay_within_the_model(rows: Rows, num_steps: int):
+    for _ in range(num_steps):
+        rows.advance()
+        positions = rows.positions[: rows.num_rows]
+        assert ((positions >= 0) & (positions < rows.max_model_len)).all()
+        assert (rows.seq_lens[: rows.num_rows] == positions + 1).all()
+
+
+def test_the_last_position_is_used_and_no_further():
+    rows = make_rows(max_model_len=8, block_sizes=[4], rows=[(5, True)])
+    seen = []
+    for _ in range(4):
+        rows.advance()
+        seen.append((rows.positions.item(), rows.live.item(), rows.slots.item() == PAD_SLOT))
+    assert seen == [(6, True, False), (7, True, False), (7, False, True), (7, False, True)]
+
+
+@pytest.mark.parametrize("block_sizes", [[], [16], [16, 32, 8]])
+def test_no_rows(block_sizes: list[int]):
+    check_step(make_rows(max_model_len=64, block_sizes=block_sizes, rows=[]))
+
+
+def test_no_kv_cache_yet():
+    """Memory profiling drafts before there is one: positions move, no slot is asked for."""
+    rows = make_rows(max_model_len=64, block_sizes=[], rows=[(3, True), (9, False)])
+    check_step(rows)
+    assert rows.positions.tolist() == [4, 9]
+
+
+def test_slots_of_a_large_cache_do_not_overflow():
+    """Block numbers are 32 bits wide; slot numbers need more."""
+    block_size, last_block = 1024, 2**31 - 1
+    rows = make_rows(max_model_len=block_size, block_sizes=[block_size], rows=[(block_size - 2, True)])
+    rows.block_tables[0].fill_(last_block)
+    check_step(rows)
+    assert rows.slots.item() == last_block * block_size + block_size - 1
+
+
+def test_groups_must_match():
+    rows = make_rows(max_model_len=64, block_sizes=[16, 32], rows=[(3, True)])
+    rows.block_sizes = [16]
+    with pytest.raises(ValueError, match="zip"):
+        rows.advance()

@@ -1,0 +1,223 @@
+"""DelConfig, built as vLLM builds it, through `EngineArgs`: its defaults, its forms, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.models import LLAMA_LAYERS
+from vllm_del.config import DEFAULT_NUM_SPECULATIVE_TOKENS, DelConfig
+
+DEEPEST = LLAMA_LAYERS - 1
+
+
+class TestDefaults:
+    def test_fields(self, del_config):
+        config = del_config()
+        assert config.num_speculative_tokens == DEFAULT_NUM_SPECULATIVE_TOKENS == 4
+        assert config.del_exit_layers == [round(LLAMA_LAYERS / 5)]
+        assert config.exit_layer == round(LLAMA_LAYERS / 5)
+        assert config.del_policy == "fixed"
+
+    @pytest.mark.parametrize(
+        ("depth", "exit_layer"), [(2, 1), (5, 1), (8, 2), (12, 2), (13, 3), (16, 3), (32, 6), (80, 16)]
+    )
+    def test_auto_exit_is_a_fifth_of_the_depth(self, depth, exit_layer, engine_config):
+        config = engine_config(speculative_config="del", hf_overrides={"num_hidden_layers": depth})
+        assert config.speculative_config.del_exit_layers == [exit_layer]
+
+    def test_auto_may_be_said(self, del_config):
+        assert del_config(del_exit_layers="auto") == del_config()
+
+
+class TestExitLayers:
+    @pytest.mark.parametrize(
+        ("given", "resolved"),
+        [
+            (4, [4]),
+            ("4", [4]),
+            ([4], [4]),
+            ("2,4,8", [2, 4, 8]),
+            ("2, 4, 8", [2, 4, 8]),
+            ([2, 4, 8], [2, 4, 8]),
+            ([8, 2], [8, 2]),
+            ([2, 2, 4, 2], [2, 4]),
+            (1, [1]),
+            (DEEPEST, [DEEPEST]),
+        ],
+    )
+    def test_accepted_forms(self, given, resolved, del_config):
+        config = del_config(del_exit_layers=given)
+        assert config.del_exit_layers == resolved
+        assert config.exit_layer == resolved[0]
+
+
+RANGE = [f"from 1 to {DEEPEST}", "auto"]
+
+
+class TestWrongValues:
+    """Each is refused with the field, the value, and what is accepted."""
+
+    @pytest.mark.parametrize(
+        ("value", "words"),
+        [
+            (0, ["[0]", *RANGE]),
+            (LLAMA_LAYERS, [f"[{LLAMA_LAYERS}]", *RANGE]),
+            (-1, ["[-1]", *RANGE]),
+            ([2, 0], ["[2, 0]", *RANGE]),
+            ([2, LLAMA_LAYERS], [f"[2, {LLAMA_LAYERS}]", *RANGE]),
+            ("3,-2", ["[3, -2]", *RANGE]),
+            ([], ["[]", *RANGE]),
+            ("", ["''", "auto", "4,8,12"]),
+            ("deep", ["'deep'", "auto", "4,8,12"]),
+            ("2,,3", ["'2,,3'", "auto", "4,8,12"]),
+            ("2.5", ["'2.5'", "auto", "4,8,12"]),
+            ("[2,3]", ["'[2,3]'", "auto", "4,8,12"]),
+            ("AUTO", ["'AUTO'", "auto", "4,8,12"]),
+            (True, ["True", "auto", "list"]),
+            (2.5, ["2.5", "auto", "list"]),
+            ([2.5], ["2.5", "integer"]),
+            (["deep"], ["deep", "integer"]),
+            (None, ["None", "auto", "list"]),
+            ({"first": 2}, ["first", "auto", "list"]),
+        ],
+    )
+    def test_del_exit_layers(self, value, words, del_config):
+        self.assert_refused(del_config, "del_exit_layers", value, words)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("del_exit_layers", [True]), ("del_exit_layers", [2.0]), ("num_speculative_tokens", True)],
+    )
+    def test_lookalikes_of_an_integer(self, field, value, del_config):
+        """`[true]` in JSON is a slip of the pen, and would quietly mean layer 1."""
+        self.assert_refused(del_config, field, value, [])
+
+    @pytest.mark.parametrize(
+        ("value", "words"),
+        [
+            (0, ["=0", "greater than or equal to 1"]),
+            (-3, ["=-3", "greater than or equal to 1"]),
+            (65, ["=65", "less than or equal to 64"]),
+            (2.5, ["=2.5", "integer"]),
+            ("many", ["many", "integer"]),
+            (None, ["None", "integer"]),
+            ([4], ["[4]", "integer"]),
+        ],
+    )
+    def test_num_speculative_tokens(self, value, words, del_config):
+        self.assert_refused(del_config, "num_speculative_tokens", value, words)
+
+    @pytest.mark.parametrize("value", ["x", "", None, "Fixed", 1])
+    def test_del_policy(self, value, del_config):
+        self.assert_refused(del_config, "del_policy", value, [repr(value), "'fixed'"])
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("model", "org/draft"),
+            ("quantization", "fp8"),
+            ("draft_sample_method", "probabilistic"),
+            ("prompt_lookup_max", 3),
+            ("prompt_lookup_min", 1),
+            ("draft_tensor_parallel_size", 1),
+            ("tensor_parallel_size", 1),
+            ("parallel_drafting", True),
+            ("enforce_eager", True),
+            ("max_model_len", 128),
+            ("revision", "main"),
+            ("attention_backend", "FLASH_ATTN"),
+            ("rejection_sample_method", "block"),
+            ("num_speculative_tokens_per_batch_size", [(1, 4, 2)]),
+            ("disable_padded_drafter_batch", True),
+            ("use_heterogeneous_vocab", True),
+            ("enable_adaptive_verification", True),
+            ("suffix_decoding_max_spec_factor", 2.0),
+        ],
+    )
+    def test_fields_of_other_methods(self, field, value, del_config):
+        words = ["'del'", "leave it out", "num_speculative_tokens", "del_exit_layers", "del_policy"]
+        self.assert_refused(del_config, field, value, words)
+
+    @pytest.mark.parametrize("field", ["del_exit_layer", "exit_layers", "num_spec_tokens"])
+    def test_unknown_fields(self, field, del_config):
+        words = ["num_speculative_tokens", "del_exit_layers", "del_policy"]
+        self.assert_refused(del_config, field, 5, ["5", *words])
+
+    def test_a_model_of_one_layer(self, engine_config):
+        with pytest.raises(ValueError, match=r"'del' needs a model of at least 2 layers; this one has 1"):
+            engine_config("one_layer", speculative_config="del")
+
+    @staticmethod
+    def assert_refused(del_config, field, value, words):
+        with pytest.raises(ValueError, match=field) as error:
+            del_config(**{field: value})
+        # Past this comes pydantic's own print of all arguments, which could hold any word.
+        message = str(error.value).split("input_type=ArgsKwargs")[0].split("input_value=ArgsKwargs")[0]
+        for word in [field, *words]:
+            assert word in message
+
+
+EXITS = st.integers(1, DEEPEST)
+EXIT_LAYERS = st.one_of(
+    st.just("auto"),
+    EXITS,
+    EXITS.map(str),
+    st.lists(EXITS, min_size=1, max_size=6),
+    st.lists(EXITS, min_size=1, max_size=6).map(lambda exits: ",".join(map(str, exits))),
+)
+FIELDS = st.fixed_dictionaries(
+    {}, optional={"num_speculative_tokens": st.integers(1, 64), "del_exit_layers": EXIT_LAYERS}
+)
+
+
+class TestAnyAcceptedConfig:
+    @given(fields=FIELDS)
+    @settings(max_examples=60, deadline=None)
+    def test_exits_lie_inside_the_model(self, fields, del_config):
+        config = del_config(**fields)
+        assert config.del_exit_layers
+        assert all(type(layer) is int and 1 <= layer < LLAMA_LAYERS for layer in config.del_exit_layers)
+        assert len(set(config.del_exit_layers)) == len(config.del_exit_layers)
+
+    @given(fields=FIELDS)
+    @settings(max_examples=60, deadline=None)
+    def test_parses_to_itself(self, fields, del_config):
+        config = del_config(**fields)
+        again = del_config(
+            num_speculative_tokens=config.num_speculative_tokens,
+            del_exit_layers=config.del_exit_layers,
+            del_policy=config.del_policy,
+        )
+        assert again == config
+        assert again.compute_hash() == config.compute_hash()
+        assert repr(again) == repr(config)
+
+    @given(fields=FIELDS)
+    @settings(max_examples=30, deadline=None)
+    def test_survives_copies_and_other_processes(self, fields, del_config):
+        config = del_config(**fields)
+        for copied in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+            assert type(copied) is DelConfig
+            assert copied == config
+            assert copied.compute_hash() == config.compute_hash()
+
+    @given(fields=FIELDS)
+    @settings(max_examples=30, deadline=None)
+    def test_logs_say_del(self, fields, del_config):
+        config = del_config(**fields)
+        for text in (repr(config), str(config), f"{config}"):
+            assert "method='del'" in text
+            assert f"num_speculative_tokens={config.num_speculative_tokens}" in text
+            assert f"del_exit_layers={config.del_exit_layers}" in text
+
+    @given(layers=st.lists(st.integers(-3, LLAMA_LAYERS + 3), max_size=5))
+    @settings(max_examples=60, deadline=None)
+    def test_a_list_is_accepted_if_and_only_if_all_its_layers_are_inside(self, layers, del_config):
+        if layers and all(1 <= layer < LLAMA_LAYERS for layer in layers):
+            assert del_config(del_exit_layers=layers).del_exit_layers == list(dict.fromkeys(layers))
+        else:
+            with pytest.raises(ValueError, match="del_exit_layers"):
+                del_config(del_exit_layers=layers)
