@@ -43,7 +43,8 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
     if parallel.enable_eplb:
         yield "enable_eplb=True: set it to False"
     if parallel.use_ubatching:
-        yield f"dual batch overlap is on (enable_dbo={parallel.enable_dbo}, ubatch_size={parallel.ubatch_size}): turn it off"
+        settings = f"enable_dbo={parallel.enable_dbo}, ubatch_size={parallel.ubatch_size}"
+        yield f"dual batch overlap is on ({settings}): turn it off"
     if vllm_config.lora_config is not None:
         yield "enable_lora=True: merge the adapter into the model, or serve it without 'del'"
     if vllm_config.kv_transfer_config is not None:
