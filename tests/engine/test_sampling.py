@@ -15,8 +15,8 @@ from tests.engine.host import Host
 LENGTH = 3
 PROMPT = [4, 6, 5, 7]
 SPEC = {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": 3}
-# V2 runs in Triton's interpreter here, some hundred times slower.
-SAMPLES = {"v1": 24_000, "v2": 1_200}
+# V2 runs in Triton's interpreter here, some hundred times slower: its samples show gross faults only.
+SAMPLES = {"v1": 24_000, "v2": 400}
 ENGINE = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "max_model_len": 32}
 
 pytestmark = pytest.mark.engine

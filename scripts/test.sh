@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything that has to pass: ruff, mypy and the tests. With arguments, only pytest, with these arguments.
+#
+#   scripts/test.sh
+#   scripts/test.sh tests/engine -k greedy
+#   scripts/test.sh -n 0 -s tests/engine     in one process, with its output
+set -euo pipefail
+
+# Tests of one group (a fixture that is dear to build) stay in one process.
+pytest_flags=(-n "${TEST_PROCESSES:-2}" --dist loadgroup)
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/install.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+
+# Nothing is downloaded and nothing reported; engines side by side share the processors instead of pinning to the same.
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [[ $# -eq 0 ]]; then
+  ruff check .
+  ruff format --check .
+  mypy
+fi
+exec python -m pytest "${pytest_flags[@]}" "$@"

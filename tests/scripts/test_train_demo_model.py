@@ -1,0 +1,60 @@
+"""The training script writes a whole checkpoint, and the committed one is what its card says."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import DEMO_MODEL
+
+SCRIPT = DEMO_MODEL.parent / "train_demo_model.py"
+
+
+def test_quick_run_writes_a_whole_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    subprocess.run([sys.executable, SCRIPT, "--quick", "--out", out], check=True, capture_output=True, timeout=300)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    text = "def add(a, b):\n    return a + b\n"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == text
+    assert torch.isfinite(model(ids).logits).all()
+    assert "agreement" in (out / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_committed_model_is_small_and_of_the_promised_form() -> None:
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert 8 <= config["num_hidden_layers"] <= 12
+    assert 2000 <= config["vocab_size"] <= 8192
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL)
+    assert 3e6 <= model.num_parameters() <= 8e6
+    assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) <= 16e6
+
+
+@torch.inference_mode()
+def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
+    """Loss, and agreement with the last layer, on source it was not trained on: this project's."""
+    card = (DEMO_MODEL / "README.md").read_text()
+    rows = [list(map(float, row)) for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|", card, re.MULTILINE)]
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    assert len(rows) == model.config.num_hidden_layers
+
+    sources = sorted((DEMO_MODEL.parent.parent / "vllm_del").rglob("*.py"))
+    ids = torch.cat([tokenizer(p.read_text(), return_tensors="pt").input_ids[0] for p in sources])
+    windows = ids[: len(ids) // 256 * 256].view(-1, 256)
+    states = model.model(windows, output_hidden_states=True).hidden_states
+    final = model.lm_head(states[-1])
+    loss = torch.nn.functional.cross_entropy(final[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert loss < 0.6 * torch.log(torch.tensor(model.config.vocab_size)).item()
+
+    for depth, _, stated in rows[:-1]:
+        choice = model.lm_head(model.model.norm(states[int(depth)])).argmax(-1)
+        agreement = (choice == final.argmax(-1)).float().mean().item()
+        assert abs(agreement - stated) < 0.12, f"exit {depth:.0f}: {agreement:.2f} here, {stated} on the card"
