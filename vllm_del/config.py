@@ -8,7 +8,7 @@ are right for a drafter that writes KV ahead. `isinstance(config, DelConfig)` is
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 
@@ -67,6 +67,16 @@ class DelConfig(SpeculativeConfig):
     del_policy: Literal["fixed"] = "fixed"
     """How the exit layer and the draft length are chosen. `"fixed"`: always the same ones."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_fields(cls, given: Any) -> Any:
+        """Pydantic's own message for an unknown field would not say what is accepted."""
+        known = {field.name for field in fields(cls)}
+        for name, value in (getattr(given, "kwargs", None) or {}).items():
+            if name not in known:
+                raise ValueError(f"{name}={value!r} is no field of method 'del'. Accepted: {cls._accepted()}")
+        return given
+
     def __post_init__(self) -> None:
         if self.method != METHOD:
             raise ValueError(f"method={self.method!r}: a DelConfig takes method 'del' only")
@@ -93,22 +103,21 @@ class DelConfig(SpeculativeConfig):
         return 0
 
     @classmethod
-    def accepted_fields(cls) -> list[str]:
+    def _accepted(cls) -> str:
         """The fields a user may give."""
         own = sorted(field.name for field in fields(cls) if field.name.startswith("del_"))
-        return ["method", "num_speculative_tokens", *own]
+        return ", ".join(["method", "num_speculative_tokens", *own])
 
     def _reject_foreign_fields(self) -> None:
         """Refuse fields of other speculative methods, which would silently do nothing here."""
-        accepted = self.accepted_fields()
         for field in fields(self):
-            if field.name in _SHARED_FIELDS or field.name in accepted:
+            if field.name in _SHARED_FIELDS or field.name.startswith("del_"):
                 continue
             value = getattr(self, field.name)
             if field.default is not MISSING and value != _plain_default(field.default):
                 raise ValueError(
                     f"{field.name}={value!r} has no meaning for method 'del' (the target model drafts for "
-                    f"itself): leave it out. Accepted: {', '.join(accepted)}"
+                    f"itself): leave it out. Accepted: {self._accepted()}"
                 )
 
     def __repr__(self) -> str:

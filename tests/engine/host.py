@@ -126,7 +126,8 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
     while len(_engines) >= _ENGINES_KEPT:
         _engines.popitem(last=False)[1].engine_core.shutdown()
     options = {**ENGINE_DEFAULTS, **options}
-    with _async_scheduling(bool(options.pop("async_scheduling", False))):
+    # As vLLM has it where each runner is at home: V2 on a GPU schedules asynchronously, V1 on a CPU does not.
+    with _async_scheduling(bool(options.pop("async_scheduling", "TRITON_INTERPRET" in os.environ))):
         config = dict(spec) if isinstance(spec, dict) else spec
         _engines[key] = LLMEngine.from_engine_args(EngineArgs(model=model, speculative_config=config, **options))
     return _engines[key]

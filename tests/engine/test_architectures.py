@@ -21,7 +21,7 @@ SERVED = [
     "phi3",
 ]
 REFUSED = {
-    "granite": r"GraniteForCausalLM cannot draft for itself: it calls its layers as layer\(<Tensor>, <Tensor>\)",
+    "granite": r"GraniteForCausalLM cannot draft for itself: it calls its layers as layer\(positions, hidden_states\)",
     "gpt2": "GPT2LMHeadModel cannot draft for itself: its decoder has no `embed_input_ids`",
 }
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 70)), [9, 4] * 60]

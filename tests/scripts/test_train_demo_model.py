@@ -1,10 +1,12 @@
 """The training script writes a whole checkpoint, and the committed one is what its card says."""
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,22 +41,32 @@ def test_committed_model_is_small_and_of_the_promised_form() -> None:
 
 @torch.inference_mode()
 def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
-    """Loss, and agreement with the last layer, on source it was not trained on: this project's."""
+    """Loss and agreement with the last layer on the held-out files of the standard library, as the card states them."""
     card = (DEMO_MODEL / "README.md").read_text()
     rows = [list(map(float, row)) for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|", card, re.MULTILINE)]
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     assert len(rows) == model.config.num_hidden_layers
 
-    sources = sorted((DEMO_MODEL.parent.parent / "vllm_del").rglob("*.py"))
-    ids = torch.cat([tokenizer(p.read_text(), return_tensors="pt").input_ids[0] for p in sources])
-    windows = ids[: len(ids) // 256 * 256].view(-1, 256)
+    _, held_out = _training_script().read_corpus(0)
+    ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in held_out])
+    windows = ids[: 32 * 512].view(32, 512)
     states = model.model(windows, output_hidden_states=True).hidden_states
     final = model.lm_head(states[-1])
     loss = torch.nn.functional.cross_entropy(final[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).item()
-    assert loss < 0.6 * torch.log(torch.tensor(model.config.vocab_size)).item()
+    assert loss < 1.25 * rows[-1][1]
 
     for depth, _, stated in rows[:-1]:
         choice = model.lm_head(model.model.norm(states[int(depth)])).argmax(-1)
         agreement = (choice == final.argmax(-1)).float().mean().item()
-        assert abs(agreement - stated) < 0.12, f"exit {depth:.0f}: {agreement:.2f} here, {stated} on the card"
+        assert abs(agreement - stated) < 0.08, f"exit {depth:.0f}: {agreement:.2f} here, {stated} on the card"
+
+
+def _training_script() -> Any:
+    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module

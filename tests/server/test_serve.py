@@ -39,7 +39,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO_MODEL), "--speculative-config", "del"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "demo"]
-        command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
+        command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True

@@ -47,9 +47,21 @@ def test_v2(vllm_config, monkeypatch):
     vllm_config.model_config.max_model_len = FITTED  # as GPUWorker.update_max_model_len does
 
     lengths = torch.tensor([3, 4], dtype=torch.int32)
-    batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.arange(2), seq_lens=lengths, seq_lens_cpu_upper_bound=lengths)
+    batch = SimpleNamespace(
+        num_reqs=2,
+        idx_mapping=torch.arange(2),
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+        num_scheduled_tokens=lengths.numpy(),
+        num_computed_prefill_tokens_np=0 * lengths.numpy(),
+        prefill_len_np=lengths.numpy(),
+    )
     ones, zeros = torch.ones(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     last_sampled = torch.zeros(speculator.max_num_reqs, 1, dtype=torch.int64)
+    speculator.kv_cache_config = KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=[])
+    speculator.block_tables = SimpleNamespace(
+        input_block_tables=[], block_sizes=[], slot_mappings=torch.zeros(0, 2, dtype=torch.int64)
+    )
     speculator.propose(batch, {}, {}, torch.empty(0), None, ones, zeros, last_sampled)
     assert seen == [FITTED]
 

@@ -17,7 +17,7 @@ def early_attention_layers(network: EarlyExitNetwork, depth: int) -> set[str]:
     Raises `ValueError` if one of them has no KV cache of its own: a draft could not write its positions.
     """
     names = set()
-    for module in network.decoder.layers[:depth].modules():
+    for module in (module for layer in network.layers[:depth] for module in layer.modules()):
         if isinstance(module, AttentionLayerBase):
             name = module.layer_name
             shared_with = getattr(module, "kv_sharing_target_layer_name", None)

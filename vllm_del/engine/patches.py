@@ -1,12 +1,13 @@
 """The ledger: every place where vLLM is patched, why, and what upstream change would end it.
 
-Each entry is one small function that gets the original first. All of them leave vLLM as it is for anyone who
-does not ask for `del`. vLLM has no registry for speculators from outside its tree (RFCs vllm-project/vllm#36219
-and #51212, both open); with one, the entries marked [registry] go.
+Each entry is one small function that gets the original first, and hands on what it does not know. They leave vLLM as
+it is for anyone who does not ask for `del`; the two marked [fault] mend vLLM in a process whose V1 runner did ask.
+vLLM has no registry for speculators from outside its tree (RFCs vllm-project/vllm#36219 and #51212, both open); with
+one, the entries marked [registry] go.
 """
 
+import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,15 +43,13 @@ def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any,
     return vllm_config
 
 
-def _build_del_config(
-    original: Callable, self: EngineArgs, target_model_config: Any, target_parallel_config: Any
-) -> Any:
+def _build_del_config(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
     """[registry] `method: "del"` becomes a DelConfig.
 
     Why: vLLM builds its own SpeculativeConfig, whose `method` is a closed Literal.
     """
     if not asks_for_del(self.speculative_config, self.spec_method):
-        return original(self, target_model_config, target_parallel_config)
+        return original(self, *args, **kwargs)
     if self.spec_model is not None:
         raise ValueError(f"--spec-model {self.spec_model!r}: method 'del' drafts with the served model; leave it out")
     given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
@@ -62,21 +61,13 @@ def _build_del_config(
             raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive: give one")
         if value is not None:
             given[key] = value
-    _check_names(given)
-    return DelConfig(**given, target_model_config=target_model_config, target_parallel_config=target_parallel_config)
+    engine_gives = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    given["target_model_config"] = engine_gives["target_model_config"]
+    given["target_parallel_config"] = engine_gives["target_parallel_config"]
+    return DelConfig(**given)
 
 
-def _check_names(given: dict[str, Any]) -> None:
-    """Refuse an unknown field here: pydantic's own message would not say what is accepted."""
-    known = {field.name for field in fields(DelConfig)}
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(
-                f"{name}={value!r} is no field of method 'del'. Accepted: {', '.join(DelConfig.accepted_fields())}"
-            )
-
-
-def _install_the_drafter(original: Callable, self: WorkerWrapperBase) -> None:
+def _install_the_drafter(original: Callable, self: WorkerWrapperBase, *args: Any, **kwargs: Any) -> None:
     """[registry] The worker's model runner gets our drafter when, and only when, its config is a DelConfig.
 
     Why here: it is the last call before a runner is built, in every kind of worker process, and the first
@@ -96,15 +87,16 @@ def _install_the_drafter(original: Callable, self: WorkerWrapperBase) -> None:
             wrap(DraftModelProposer, "__new__", _make_proposer)
             wrap(sampler_v1, "apply_sampling_constraints", _allow_no_drafts)
             wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
-    original(self)
+    original(self, *args, **kwargs)
 
 
-def _make_speculator(original: Callable, vllm_config: VllmConfig, device: Any, req_states: Any) -> Any:
+def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
     """[registry] V2 runner: a DelSpeculator where vLLM would build its draft-model speculator."""
     if not isinstance(vllm_config.speculative_config, DelConfig):
-        return original(vllm_config, device, req_states)
+        return original(vllm_config, *args, **kwargs)
     from vllm_del.engine.speculator import DelSpeculator
 
+    device = inspect.signature(original).bind(vllm_config, *args, **kwargs).arguments["device"]
     return DelSpeculator(vllm_config, device)
 
 
@@ -120,7 +112,7 @@ def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> 
 
 
 def _allow_no_drafts(original: Callable, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """V1 runner on a CPU: a step in which no sequence has a draft may have requests with `top_k`.
+    """[fault] V1 on a CPU: a step in which no sequence has a draft may have requests with `top_k`.
 
     Why: vLLM 0.32 takes the largest `top_k` over the drafted positions, and dies where there are none (as in the
     step of a first prompt) with any speculative method. Goes when vLLM guards `apply_top_k_only` itself.
@@ -138,7 +130,7 @@ def _expand_for_any_dtype(
     replace_from: int = 0,
     replace_to: int = 0,
 ) -> torch.Tensor:
-    """V1 runner on a CPU: temperature, `top_k` and `top_p` of each sequence, repeated for its drafts [num_tokens].
+    """[fault] V1 on a CPU: temperature, `top_k` and `top_p` of each sequence, repeated for its drafts [num_tokens].
 
     Why: vLLM 0.32's CPU version fills an int64 copy of its output and drops it unless the output is int64 itself,
     which these never are; what is then read as temperature is whatever the memory held, so sampled output

@@ -82,6 +82,9 @@ class DelProposer(DraftModelProposer):
     ) -> torch.Tensor:
         """Draft tokens [batch_size, num_speculative_tokens] int64."""
         num_rows = next_token_ids.shape[0]
+        unfinished = self.runner.discard_request_mask.gpu[:num_rows]
+        if self.vllm_config.parallel_config.data_parallel_size == 1 and unfinished.all():
+            return next_token_ids.new_zeros(num_rows, num_speculative_tokens, dtype=torch.int64)
         _, num_padded, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_rows)
         rows = self._rows(num_padded)
         rows.input_ids[:num_rows].copy_(next_token_ids)
@@ -92,11 +95,13 @@ class DelProposer(DraftModelProposer):
             rows.positions[:num_rows].sub_(num_rejected_tokens_gpu)
         # A row whose prompt is unfinished has sampled nothing that counts.
         rows.live.zero_()
-        torch.logical_not(self.runner.discard_request_mask.gpu[:num_rows], out=rows.live[:num_rows])
+        torch.logical_not(unfinished, out=rows.live[:num_rows])
         draft_tokens = torch.empty(num_padded, num_speculative_tokens, dtype=torch.int64, device=self.device)
         # Not our own copy: vLLM may have fitted the length to the memory since (--max-model-len auto).
         max_model_len = self.vllm_config.model_config.max_model_len
         max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
+
+        slot_mapping = build_slot_mappings_by_layer(self.slots[:, :num_padded], self.kv_cache_config)
 
         @contextmanager
         def attention(step: int) -> Iterator[None]:
@@ -119,7 +124,7 @@ class DelProposer(DraftModelProposer):
                 self.vllm_config,
                 num_tokens=num_padded,
                 num_tokens_across_dp=num_tokens_across_dp,
-                slot_mapping=build_slot_mappings_by_layer(self.slots[:, :num_padded], self.kv_cache_config),
+                slot_mapping=slot_mapping,
             ):
                 yield
 

@@ -82,6 +82,8 @@ class DelSpeculator(DraftModelSpeculator):
         """Draft tokens [num_reqs, num_speculative_steps] int64; the first `num_speculative_tokens` count."""
         num_rows = input_batch.num_reqs
         num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        if dp_sync_state is None and not dummy_run and not _any_row_samples(input_batch):
+            return self.draft_tokens[:num_rows].zero_()
         num_padded, num_tokens_across_dp = num_rows, None
         if dp_sync_state is not None:
             sync, num_padded = self._build_uniform_batch_dp_sync(dp_sync_state, num_rows)
@@ -103,16 +105,18 @@ class DelSpeculator(DraftModelSpeculator):
         max_model_len = self.vllm_config.model_config.max_model_len
         self.draft_max_seq_len = min(int(seq_lens_bound[:num_rows].max()) + num_steps, max_model_len)
         skip_attention = dummy_run and skip_attn_for_dummy_run
+        slot_mapping = None
+        if not skip_attention:
+            slot_mapping = build_slot_mappings_by_layer(
+                self.block_tables.slot_mappings[:, :num_padded], self.kv_cache_config
+            )
 
         @contextmanager
         def attention(step: int) -> Iterator[None]:
-            metadata = slot_mapping = None
+            metadata = None
             if not skip_attention:
                 # vLLM counts the tokens that a draft has beyond the verified ones; our first step has one.
                 metadata = self._build_uniform_attn_metadata(batch_desc, num_rows, 1, seq_lens_bound, step=step + 1)
-                slot_mapping = build_slot_mappings_by_layer(
-                    self.block_tables.slot_mappings[:, :num_padded], self.kv_cache_config
-                )
             with set_forward_context(
                 metadata,
                 self.vllm_config,
@@ -139,3 +143,9 @@ class DelSpeculator(DraftModelSpeculator):
             block_sizes=tables.block_sizes if tables else [],
             slots=list(tables.slot_mappings[:, :num_rows]) if tables else [],
         )
+
+
+def _any_row_samples(input_batch: InputBatch) -> bool:
+    """Whether a row of the batch gets to the end of its prompt in this step, or is past it; host data only."""
+    computed = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+    return bool((computed >= input_batch.prefill_len_np).any())

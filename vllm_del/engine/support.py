@@ -39,7 +39,7 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size),
     ):
         if value > 1:
-            yield f"{field}={value}: set it to 1 (tensor and data parallelism work)"
+            yield f"{field}={value}: set it to 1 (tensor parallelism works)"
     if parallel.enable_eplb:
         yield "enable_eplb=True: set it to False"
     if parallel.use_ubatching:
