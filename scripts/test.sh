@@ -6,8 +6,9 @@
 #   scripts/test.sh -n 0 -s tests/engine     in one process, with its output
 set -euo pipefail
 
-# Tests of one group (a fixture that is dear to build) stay in one process.
-pytest_flags=(-n "${TEST_PROCESSES:-2}" --dist loadgroup)
+# pytest puts tests of one model runner beside each other, and each process begins with its half of the row: so most of
+# them share a process, and the engines in it. Who is done first takes tests over from the other.
+pytest_flags=(-n "${TEST_PROCESSES:-2}" --dist worksteal)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/install.sh test

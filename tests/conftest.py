@@ -10,14 +10,6 @@ from tests.engine.host import RUNNERS, Host
 DEMO_MODEL = Path(__file__).parent.parent / "scripts" / "demo_model"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one runner share its process, and so a worker when tests run in parallel."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is not None and "host" in callspec.params:
-            item.add_marker(pytest.mark.xdist_group(callspec.params["host"]))
-
-
 @pytest.fixture(scope="session", params=RUNNERS)
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """Engines of one of vLLM's two model runners."""

@@ -2,6 +2,7 @@
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 
 class _NoDriver:
@@ -18,6 +19,23 @@ def use_triton_interpreter() -> None:
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(compiler=None, driver=_NoDriver)
+    _patch_the_language_once()
+
+
+def _patch_the_language_once() -> None:
+    """Half of the interpreter's time goes into replacing `tl`'s functions anew at each call of a device function."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_patched(function: Any) -> Any:
+        modules = [tl] * ("tl" in function.__globals__) + [tl.core] * ("core" in function.__globals__)
+        if modules and not any(tl.core.is_builtin(module.load) for module in modules):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_unless_patched
 
 
 def avoid_uninterpretable_kernels() -> None:

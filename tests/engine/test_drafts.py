@@ -1,55 +1,112 @@
 """What is drafted is what the model, cut off at the exit layer, would say after the same text."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.engine import host as engines
 from tests.engine.checkpoints import checkpoint
 from tests.engine.host import Host
 
 PROMPT = [11, 45, 7, 7, 102, 9, 64, 33]
+# Of one token, of a few, and of several chunks of 48.
+PROMPTS = [[5], PROMPT, [(7 * i) % 150 + 5 for i in range(100)]]
 LENGTH = 48
+GREEDY = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True}
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize(("exit_layer", "num_tokens"), [(1, 4), (2, 3), (3, 6)])
+@pytest.mark.parametrize(
+    ("architecture", "exit_layer", "num_tokens"),
+    [("llama", 1, 4), ("llama", 3, 6), ("gemma2", 2, 3), ("gemma3", 2, 3)],
+)
 def test_drafts_are_those_of_the_truncated_model(
-    host: Host, checkpoints: Path, exit_layer: int, num_tokens: int
+    host: Host, checkpoints: Path, architecture: str, exit_layer: int, num_tokens: int
 ) -> None:
     """Counts of drafted and accepted tokens equal those of an independent simulation, without KV cache.
 
     Wrong positions, a stale or misplaced KV entry or a wrong exit would still be lossless, and lower these counts.
+    Gemma's layers have a window or not in turn, so its early ones are in two KV cache groups.
     """
-    model = checkpoint(checkpoints, "llama")
-    sampling = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True}
+    model = checkpoint(checkpoints, architecture)
     spec = {"method": "del", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
-    outcome = host.generate(model, [PROMPT], sampling, spec)
-    (completion,) = outcome.completions[0]
-    assert (outcome.drafted, outcome.accepted) == _simulate(
-        model, exit_layer, num_tokens, [*PROMPT, *completion.token_ids]
-    )
+    outcome = host.generate(model, PROMPTS, GREEDY, spec, max_num_batched_tokens=48)
+    texts = [(*prompt, *c.token_ids) for prompt, (c,) in zip(PROMPTS, outcome.completions, strict=True)]
+    assert (outcome.drafted, outcome.accepted) == _simulate(model, exit_layer, num_tokens, texts)
     assert 0 < outcome.accepted < outcome.drafted
 
 
+def test_drafts_after_preemption(host: Host, checkpoints: Path) -> None:
+    """A resumed sequence is drafted for as well as one that was never preempted: its KV is as good."""
+    model = checkpoint(checkpoints, "llama")
+    spec = {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": 4}
+    prompts = [[10 + i, *range(30, 60)] for i in range(6)]
+    sampling = {**GREEDY, "max_tokens": 100}
+    outcome = host.generate(model, prompts, sampling, spec, num_gpu_blocks_override=14)
+    assert outcome.preemptions > 0
+    texts = [(*prompt, *c.token_ids) for prompt, (c,) in zip(prompts, outcome.completions, strict=True)]
+    drafted, accepted = _simulate(model, 2, 4, texts, [len(prompt) for prompt in prompts])
+    # A preemption drops a draft, and shifts where later ones begin.
+    assert outcome.accepted / outcome.drafted == pytest.approx(accepted / drafted, abs=0.05)
+
+
+def test_a_batch_of_unfinished_prompts_drafts_nothing(host: Host, checkpoints: Path) -> None:
+    """Two chunks of a prompt pass without a draft step; the third ends it and is followed by one round."""
+    model = checkpoint(checkpoints, "llama")
+    spec = {"method": "del", "del_exit_layers": 1, "num_speculative_tokens": 3}
+    host.call(_count_steps, model, spec)
+    outcome = host.generate(model, [PROMPTS[2]], {**GREEDY, "max_tokens": 1}, spec, max_num_batched_tokens=48)
+    assert outcome.steps >= 3
+    assert host.call(_counted_steps, model, spec) == 3
+
+
+def _drafter(model: str, spec: dict[str, Any]) -> Any:
+    engine = engines._engine(model, spec, {"max_num_batched_tokens": 48})
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return getattr(runner, "drafter", None) or runner.speculator
+
+
+def _count_steps(model: str, spec: dict[str, Any]) -> None:
+    """In the engine's process: begin to count draft steps."""
+    drafter = _drafter(model, spec)
+    drafter.steps_seen = []
+    drafter.model.register_forward_hook(lambda *_: drafter.steps_seen.append(1))
+
+
+def _counted_steps(model: str, spec: dict[str, Any]) -> int:
+    return len(_drafter(model, spec).steps_seen)
+
+
 @torch.inference_mode()
-def _simulate(path: str, exit_layer: int, num_tokens: int, text: list[int]) -> tuple[int, int]:
-    """Tokens drafted and accepted while `text` is generated after `PROMPT`; the first token needs no draft."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.model.layers = model.model.layers[:exit_layer]
-    model.config.num_hidden_layers = exit_layer
+def _simulate(
+    path: str, exit_layer: int, num_tokens: int, texts: list[tuple[int, ...]], prompt_lengths: Sequence[int] = ()
+) -> tuple[int, int]:
+    """Tokens drafted and accepted while `texts` are generated after their prompts; a first token needs no draft."""
+    target = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    early = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    early.model.layers = early.model.layers[:exit_layer]
+    early.config.num_hidden_layers = exit_layer
     drafted = accepted = 0
-    known = len(PROMPT) + 1
-    while known < len(text):
-        context = text[:known]
-        for _ in range(num_tokens):
-            logits = model(torch.tensor([context]), use_cache=False).logits
-            context = [*context, int(logits[0, -1].argmax())]
-        drafts = context[known:]
-        hits = next((i for i in range(num_tokens) if text[known + i : known + i + 1] != [drafts[i]]), num_tokens)
-        drafted += num_tokens
-        accepted += hits
-        known += hits + 1
+    for text, prompt_length in zip(texts, prompt_lengths or map(len, PROMPTS), strict=True):
+        known, end = prompt_length + 1, len(text)
+        text = _continued(target, text, num_tokens)  # the last round counts what it accepted past the end
+        while known < end:
+            drafts = _continued(early, text[:known], num_tokens)[known:]
+            pairs = zip(drafts, text[known:], strict=False)
+            hits = next((i for i, (draft, token) in enumerate(pairs) if draft != token), num_tokens)
+            drafted += num_tokens
+            accepted += hits
+            known += hits + 1
     return drafted, accepted
+
+
+def _continued(model: Any, text: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    """`text` and the `num_tokens` tokens that follow it greedily."""
+    for _ in range(num_tokens):
+        text = (*text, int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text

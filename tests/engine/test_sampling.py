@@ -1,47 +1,82 @@
 """Sampled output follows the same distribution with and without `del`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import chi2_contingency
+import torch
+from scipy.stats import chi2_contingency, chisquare
+from transformers import AutoModelForCausalLM
 
 from tests.engine.checkpoints import checkpoint
 from tests.engine.host import Host
 
-LENGTH = 3
-PROMPT = [4, 6, 5, 7]
-SPEC = {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": 3}
-# V2 runs in Triton's interpreter here, some hundred times slower: its samples show gross faults only.
-SAMPLES = {"v1": 24_000, "v2": 400}
-ENGINE = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "max_model_len": 32}
+# V2 runs in Triton's interpreter here, some hundred times slower: fewer outcomes to tell apart, from fewer samples.
+VOCAB = {"v1": 8, "v2": 4}
+LENGTH = {"v1": 3, "v2": 2}
+SAMPLES = {"v1": 24_000, "v2": 3_000}
+SPEC = {
+    runner: {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": LENGTH[runner] - 1} for runner in LENGTH
+}
+# The odds of a draft that a wrong rule accepts by. A token of probability 0.5 is then accepted at 0.545, or 0.583.
+WRONG_ODDS = {"v1": 1.2, "v2": 1.4}
+PROMPT = [2, 0, 1, 3]
+ENGINE = {"max_num_seqs": 128, "max_num_batched_tokens": 1024, "max_model_len": 32, "num_gpu_blocks_override": 300}
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def model(checkpoints: Path) -> str:
-    """A vocabulary of eight tokens: joint distributions of three of them can be counted."""
-    return checkpoint(checkpoints, "llama", vocab_size=8, seed=1)
+@pytest.fixture
+def model(host: Host, checkpoints: Path) -> str:
+    """A vocabulary so small that joint distributions of a few tokens can be counted."""
+    return checkpoint(checkpoints, "llama", vocab_size=VOCAB[host.runner], seed=1)
 
 
 def sample(host: Host, model: str, sampling: dict[str, Any], spec: Any) -> tuple[Counter[tuple[int, ...]], int]:
-    """Counts of the first `LENGTH` tokens over many samples, and the tokens accepted on the way."""
-    params = {**sampling, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False}
+    """Counts of the first tokens over many samples, and the tokens accepted on the way."""
+    params = {**sampling, "max_tokens": LENGTH[host.runner], "ignore_eos": True, "detokenize": False}
     outcome = host.generate(model, [PROMPT] * SAMPLES[host.runner], params, spec, **ENGINE)
     return Counter(completion.token_ids for (completion,) in outcome.completions), outcome.accepted
 
 
-def p_value(first: Counter[tuple[int, ...]], second: Counter[tuple[int, ...]]) -> float:
-    """Of the hypothesis that both were drawn from one distribution; outcomes seen too rarely are pooled."""
-    rows = [(first[key], second[key]) for key in first | second]
-    common = [row for row in rows if sum(row) >= 20]
-    rare = np.sum([row for row in rows if sum(row) < 20] or [(0, 0)], axis=0)
-    table = np.array([*common, rare] if rare.sum() >= 20 else common)
-    return float(chi2_contingency(table.T).pvalue)
+@torch.inference_mode()
+def exact(path: str, length: int, sampling: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """The joint distribution of the first `length` tokens without speculation, computed, not sampled."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    joint: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        texts = torch.tensor([[*PROMPT, *text] for text in joint])
+        logits = model(texts, use_cache=False).logits[:, -1].double() / sampling["temperature"]
+        ranked, order = logits.sort(descending=True)
+        ranked[:, sampling.get("top_k", len(ranked[0])) :] = -torch.inf
+        before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
+        ranked[before >= sampling.get("top_p", 1.0)] = -torch.inf
+        chances = torch.zeros_like(ranked).scatter(1, order, ranked.softmax(-1))
+        joint = {
+            (*text, token): before * chance
+            for (text, before), row in zip(joint.items(), chances.tolist(), strict=True)
+            for token, chance in enumerate(row)
+            if chance > 0
+        }
+    return joint
+
+
+def p_value(counts: Counter[tuple[int, ...]], expected: Mapping[tuple[int, ...], float]) -> float:
+    """Of the hypothesis that `counts` were drawn from `expected`: counts too, or probabilities.
+
+    Outcomes seen too rarely for a chi-square test are pooled.
+    """
+    sampled = isinstance(expected, Counter)
+    scale = 1 if sampled else counts.total()
+    assert sampled or counts.keys() <= expected.keys()
+    rows = [(counts[key], expected[key] * scale) for key in counts.keys() | expected.keys()]
+    common = [row for row in rows if row[1] >= 10]
+    rare = np.sum([row for row in rows if row[1] < 10] or [(0, 0)], axis=0)
+    observed, wanted = np.array([*common, rare] if rare.any() else common).T
+    return float(chi2_contingency([observed, wanted]).pvalue if sampled else chisquare(observed, wanted).pvalue)
 
 
 CASES = [
@@ -49,47 +84,68 @@ CASES = [
     ("v1", {"temperature": 0.7}),
     ("v1", {"temperature": 1.0, "top_p": 0.8}),
     ("v1", {"temperature": 0.7, "top_k": 4}),
-    ("v2", {"temperature": 0.7, "top_p": 0.9}),
+    ("v2", {"temperature": 1.0}),
+    ("v2", {"temperature": 0.7, "top_p": 0.9, "top_k": 3}),
 ]
 
 
 @pytest.mark.parametrize(("host", "sampling"), CASES, indirect=["host"], ids=str)
 def test_same_joint_distribution(host: Host, model: str, sampling: dict[str, Any]) -> None:
-    off, _ = sample(host, model, sampling, None)
-    on, accepted = sample(host, model, sampling, SPEC)
+    on, accepted = sample(host, model, sampling, SPEC[host.runner])
     assert accepted > 0
-    assert len(on) > 10
-    assert p_value(off, on) > 1e-4
+    assert len(on) > 3
+    assert p_value(on, exact(model, LENGTH[host.runner], sampling)) > 1e-4
 
 
-@pytest.mark.parametrize("host", ["v1"], indirect=True)
+@pytest.mark.parametrize(("host", "sampling"), CASES[:4], indirect=["host"], ids=str)
+def test_the_distribution_compared_with_is_that_without_del(host: Host, model: str, sampling: dict[str, Any]) -> None:
+    """What vLLM samples without `del` has the computed distribution, and `del`'s samples are like its samples."""
+    off, _ = sample(host, model, sampling, None)
+    on, _ = sample(host, model, sampling, SPEC[host.runner])
+    assert p_value(off, exact(model, LENGTH[host.runner], sampling)) > 1e-4
+    assert p_value(on, off) > 1e-4
+
+
 def test_a_wrong_rejection_rule_is_noticed(host: Host, model: str) -> None:
-    """The test above has the power it needs: drafts accepted a few percent too often fail it."""
-    off, _ = sample(host, model, {"temperature": 1.0}, None)
-    host.call(_favour_drafts, 1.2)
+    """The tests above have the power they need: drafts accepted a few percent too often fail them."""
+    host.call(_favour_drafts, host.runner, WRONG_ODDS[host.runner])
     try:
-        on, _ = sample(host, model, {"temperature": 1.0}, SPEC)
+        on, _ = sample(host, model, {"temperature": 1.0}, SPEC[host.runner])
     finally:
-        host.call(_favour_drafts, 1.0)
-    assert p_value(off, on) < 1e-4
+        host.call(_favour_drafts, host.runner, None)
+    assert p_value(on, exact(model, LENGTH[host.runner], {"temperature": 1.0})) < 1e-4
 
 
-def _favour_drafts(factor: float) -> None:
-    """In the engine's process: multiply the odds of every drafted token by `factor`."""
+def _favour_drafts(runner: str, factor: float | None) -> None:
+    """In the engine's process: accept each draft as if its odds were `factor` times what they are; `None` ends it.
+
+    Only acceptance is wrong: what replaces a rejected draft is drawn from the other tokens, whatever its odds.
+    """
     import math
+    from importlib import import_module
 
-    import vllm.v1.sample.rejection_sampler as sampler
-
+    v1 = runner == "v1"
+    sampler = import_module(
+        "vllm.v1.sample.rejection_sampler" if v1 else "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
+    )
     original = getattr(sampler.rejection_sample, "original", sampler.rejection_sample)
+    sampler.rejection_sample = original
+    if factor is None:
+        return
+    shift = math.log(factor)
 
-    def rejection_sample(draft_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        args_list: list[Any] = list(args)
-        logits_at = 4
-        logits = args_list[logits_at].clone()
-        rows: Sequence[int] = range(len(draft_token_ids))
-        logits[list(rows), draft_token_ids.long()] += math.log(factor)
-        args_list[logits_at] = logits
-        return original(draft_token_ids, *args_list, **kwargs)
+    def with_v1(drafts: Any, counts: Any, longest: Any, ends: Any, probs: Any, logits: Any, *rest: Any, **options: Any):
+        logits = logits.clone()
+        logits[range(len(drafts)), drafts.long()] += shift
+        return original(drafts, counts, longest, ends, probs, logits, *rest, **options)
 
-    rejection_sample.original = original  # type: ignore[attr-defined]
-    sampler.rejection_sample = rejection_sample
+    def with_v2(logits: Any, probs: Any, fed: Any, starts: Any, *rest: Any, **options: Any) -> Any:
+        logits = logits.clone()
+        last = set((starts[1:] - 1).tolist())  # of each request: verifies no draft
+        for row in set(range(len(logits))) - last:
+            logits[row, fed[row + 1].long()] += shift
+        return original(logits, probs, fed, starts, *rest, **options)
+
+    wrong = with_v1 if v1 else with_v2
+    wrong.original = original  # type: ignore[attr-defined]
+    sampler.rejection_sample = wrong

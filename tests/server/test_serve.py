@@ -83,7 +83,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.process.wait(STOP_SECONDS)
 
 
-@pytest.mark.xdist_group("server")
 def test_serve_stream_four_at_once_count_and_stop(server: Server) -> None:
     """One test, as the parts follow from each other: the counts are of these requests, the end is the server's."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")

