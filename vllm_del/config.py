@@ -63,7 +63,7 @@ class DelConfig(SpeculativeConfig):
     """The largest number of tokens drafted for a sequence in one round."""
     del_exit_layers: Annotated[Literal["auto"] | list[StrictInt], BeforeValidator(_parse_exit_layers)] = "auto"
     """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes a fifth of the
-    model's depth. With `del_policy: "fixed"` every draft leaves at the first depth listed."""
+    model's depth, but 4 layers, or half of a shallower model, at least. With `del_policy: "fixed"` every draft leaves at the first depth listed."""
     del_policy: Literal["fixed"] = "fixed"
     """How the exit layer and the draft length are chosen. `"fixed"`: always the same ones."""
 
@@ -133,11 +133,13 @@ def _plain_default(default: Any) -> Any:
 
 
 def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int) -> list[int]:
-    """`wanted` as a list of distinct depths in [1, depth - 1]; a fifth of `depth` for `"auto"`."""
+    """`wanted` as a list of distinct depths in [1, depth - 1]."""
     if depth < 2:
         raise ValueError(f"method='del' needs a model of at least 2 layers; this one has {depth}")
     if wanted == "auto":
-        return [max(1, round(depth / 5))]
+        # A fifth is what LayerSkip's authors draft with, more or less. Copying from the context takes a few layers
+        # however deep the model is, and text that repeats itself is where drafts are accepted most.
+        return [max(1, round(depth / 5), min(4, depth // 2))]
     wrong = [layer for layer in wanted if not 1 <= layer < depth]
     if wrong or not wanted:
         raise ValueError(

@@ -17,14 +17,14 @@ class TestDefaults:
     def test_fields(self, del_config):
         config = del_config()
         assert config.num_speculative_tokens == DEFAULT_NUM_SPECULATIVE_TOKENS == 4
-        assert config.del_exit_layers == [round(LLAMA_LAYERS / 5)]
-        assert config.exit_layer == round(LLAMA_LAYERS / 5)
+        assert config.del_exit_layers == [4]
+        assert config.exit_layer == 4
         assert config.del_policy == "fixed"
 
     @pytest.mark.parametrize(
-        ("depth", "exit_layer"), [(2, 1), (5, 1), (8, 2), (12, 2), (13, 3), (16, 3), (32, 6), (80, 16)]
+        ("depth", "exit_layer"), [(2, 1), (3, 1), (5, 2), (8, 4), (16, 4), (22, 4), (23, 5), (32, 6), (80, 16)]
     )
-    def test_auto_exit_is_a_fifth_of_the_depth(self, depth, exit_layer, engine_config):
+    def test_auto_exit_is_a_fifth_of_the_depth_and_not_too_shallow(self, depth, exit_layer, engine_config):
         config = engine_config(speculative_config="del", hf_overrides={"num_hidden_layers": depth})
         assert config.speculative_config.del_exit_layers == [exit_layer]
 
