@@ -63,7 +63,8 @@ class DelConfig(SpeculativeConfig):
     """The largest number of tokens drafted for a sequence in one round."""
     del_exit_layers: Annotated[Literal["auto"] | list[StrictInt], BeforeValidator(_parse_exit_layers)] = "auto"
     """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes a fifth of the
-    model's depth, but 4 layers, or half of a shallower model, at least. With `del_policy: "fixed"` every draft leaves at the first depth listed."""
+    model's depth, but 4 layers, or half of a shallower model, at least. With `del_policy: "fixed"` every draft
+    leaves at the first depth listed."""
     del_policy: Literal["fixed"] = "fixed"
     """How the exit layer and the draft length are chosen. `"fixed"`: always the same ones."""
 
@@ -91,6 +92,10 @@ class DelConfig(SpeculativeConfig):
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
         self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+
+    def compute_hash(self) -> str:
+        """What vLLM names compiled code by: with the exits, as each has a graph of its own."""
+        return f"{super().compute_hash()} exits {self.del_exit_layers}"
 
     @property
     def exit_layer(self) -> int:

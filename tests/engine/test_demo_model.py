@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import DEMO_MODEL
-from tests.engine.host import Host
+from tests.engine.host import Arrival, Host
 
 PROMPTS = [
     "def __init__(self, ",
@@ -25,6 +25,27 @@ def test_drafts_are_accepted_and_the_text_is_the_models_own(host: Host) -> None:
     assert on.completions == off.completions
     assert on.accepted / on.drafted > 0.3
     assert on.steps < 0.7 * off.steps
+
+
+@pytest.mark.parametrize("host", ["v1"], indirect=True)
+def test_compiled_layers_draft_as_well(host: Host) -> None:
+    """Without `enforce_eager`: one graph, compiled while vLLM warms up, serves every number of rows."""
+    arrivals = [Arrival(prompt, GREEDY, step=8 * i) for i, prompt in enumerate(PROMPTS)]
+    eager = host.serve(str(DEMO_MODEL), arrivals, "del")
+    off = host.serve(str(DEMO_MODEL), arrivals, enforce_eager=False)
+    compiled_at_start = host.call(_is_compiled, {"enforce_eager": False})
+    on = host.serve(str(DEMO_MODEL), arrivals, "del", enforce_eager=False)
+    assert compiled_at_start
+    assert on.completions == off.completions
+    assert on.accepted / on.drafted == pytest.approx(eager.accepted / eager.drafted, abs=0.05)
+
+
+def _is_compiled(options: dict[str, Any]) -> bool:
+    """In the engine's process: whether the draft layers are compiled."""
+    from tests.engine.host import _engine
+
+    engine = _engine(str(DEMO_MODEL), "del", options)
+    return engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter.exit.compiled
 
 
 @pytest.mark.parametrize("host", ["v1"], indirect=True)

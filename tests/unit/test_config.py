@@ -28,6 +28,11 @@ class TestDefaults:
         config = engine_config(speculative_config="del", hf_overrides={"num_hidden_layers": depth})
         assert config.speculative_config.del_exit_layers == [exit_layer]
 
+    def test_each_exit_has_compiled_code_of_its_own(self, del_config):
+        hashes = {del_config(del_exit_layers=layers).compute_hash() for layers in (2, 3, "auto")}
+        assert len(hashes) == 3
+        assert del_config().compute_hash() == del_config(num_speculative_tokens=7).compute_hash()
+
     def test_auto_may_be_said(self, del_config):
         assert del_config(del_exit_layers="auto") == del_config()
 

@@ -43,7 +43,7 @@ def drafted_length(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_v2(vllm_config, monkeypatch):
     seen = drafted_length(vllm_del.engine.speculator, monkeypatch)
     speculator = vllm_del.engine.speculator.DelSpeculator(vllm_config, CPU)
-    speculator.model = speculator.head = None
+    speculator.exit = speculator.head = None
     vllm_config.model_config.max_model_len = FITTED  # as GPUWorker.update_max_model_len does
 
     lengths = torch.tensor([3, 4], dtype=torch.int32)
@@ -75,7 +75,7 @@ def test_v1(vllm_config, monkeypatch):
     )
     with set_current_vllm_config(vllm_config):
         proposer = vllm_del.engine.proposer.DelProposer(vllm_config, CPU, runner)
-    proposer.model = proposer.head = proposer.depth = None
+    proposer.exit = proposer.head = None
     proposer._draft_attn_layer_names = set()
     proposer.initialize_attn_backend(KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=[]))
     proposer.initialize_cudagraph_keys(CUDAGraphMode.NONE)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from vllm_del.draft.head import ExitHead
-from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.kernels.advance_rows import advance_rows
 
 
@@ -40,17 +39,20 @@ AttentionContext = Callable[[int], AbstractContextManager[None]]
 """`attention(step)` is vLLM's forward context for a draft step: one query token a row, as `DraftRows` says."""
 
 
+Exit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""`exit(input_ids, positions)` is the early-exit network up to the exit: the hidden states that the head reads."""
+
+
 def draft(
-    network: EarlyExitNetwork,
+    exit: Exit,
     head: ExitHead,
     rows: DraftRows,
     attention: AttentionContext,
-    depth: int,
     max_model_len: int,
     # [rows, draft length] int64, out
     draft_tokens: torch.Tensor,
 ) -> None:
-    """Draft `draft_tokens.shape[1]` tokens for every row, leaving after `depth` layers.
+    """Draft `draft_tokens.shape[1]` tokens for every row, each leaving at `exit`.
 
     Tokens of rows that are not live are meaningless, and so are those past `max_model_len`: vLLM schedules neither.
     """
@@ -65,7 +67,7 @@ def draft(
             max_model_len,
         )
         with attention(step):
-            hidden_states = network(rows.input_ids, rows.positions, depth)
+            hidden_states = exit(rows.input_ids, rows.positions)
         token = head(hidden_states)
         draft_tokens[:, step] = token
         rows.input_ids.copy_(token)

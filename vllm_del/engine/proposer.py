@@ -21,6 +21,7 @@ from vllm_del.config import DelConfig
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import DraftRows, draft
 from vllm_del.draft.network import EarlyExitNetwork
+from vllm_del.engine.compiled import compiled_exit
 from vllm_del.engine.layers import early_attention_layers, log_plan
 
 
@@ -39,8 +40,9 @@ class DelProposer(DraftModelProposer):
         config = self.speculative_config
         assert isinstance(config, DelConfig)
         self.model = EarlyExitNetwork.from_target(target_model)
-        self.head = ExitHead(target_model)
         self.depth = config.exit_layer
+        self.exit = compiled_exit(self.vllm_config, self.model, self.depth)
+        self.head = ExitHead(target_model)
         self._draft_attn_layer_names = early_attention_layers(self.model, self.depth)
         # The runner stops drafting for the whole batch when one sequence nears the drafter's longest length.
         # Our rows stop one by one (advance_rows), so this bound must not bite.
@@ -128,7 +130,7 @@ class DelProposer(DraftModelProposer):
             ):
                 yield
 
-        draft(self.model, self.head, rows, attention, self.depth, max_model_len, draft_tokens)
+        draft(self.exit, self.head, rows, attention, max_model_len, draft_tokens)
         return draft_tokens[:num_rows]
 
     def _rows(self, num_rows: int) -> DraftRows:
@@ -144,12 +146,11 @@ class DelProposer(DraftModelProposer):
         )
 
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
-        """Keep step with data-parallel ranks that draft for real; alone, there is nothing to warm up."""
-        if self.vllm_config.parallel_config.data_parallel_size == 1:
-            return
+        """Keep step with data-parallel ranks that draft for real; alone, one step compiles and warms up."""
+        alone = self.vllm_config.parallel_config.data_parallel_size == 1
         _, num_padded, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
-        for _step in range(self.num_speculative_tokens):
+        for _step in range(1 if alone else self.num_speculative_tokens):
             with set_forward_context(
                 None, self.vllm_config, num_tokens=num_padded, num_tokens_across_dp=num_tokens_across_dp
             ):
-                self.model(self.input_ids[:num_padded], self.positions[:num_padded], self.depth)
+                self.exit(self.input_ids[:num_padded], self.positions[:num_padded])

@@ -23,6 +23,7 @@ from vllm_del.config import DelConfig
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import DraftRows, draft
 from vllm_del.draft.network import EarlyExitNetwork
+from vllm_del.engine.compiled import compiled_exit
 from vllm_del.engine.layers import early_attention_layers, log_plan
 
 
@@ -44,6 +45,7 @@ class DelSpeculator(DraftModelSpeculator):
         Raises `ValueError` if the target's forward is not of the form the network runs.
         """
         self.model = self.load_draft_model(target_model, set())
+        self.exit = compiled_exit(self.vllm_config, self.model, self.depth)
         self.head = ExitHead(target_model)
         self.draft_attn_layer_names = early_attention_layers(self.model, self.depth)
         log_plan(self.vllm_config, self.model, "V2")
@@ -128,7 +130,7 @@ class DelSpeculator(DraftModelSpeculator):
                 yield
 
         drafts = self.draft_tokens[:num_padded, :num_steps]
-        draft(self.model, self.head, rows, attention, self.depth, max_model_len, drafts)
+        draft(self.exit, self.head, rows, attention, max_model_len, drafts)
         return self.draft_tokens[:num_rows]
 
     def _rows(self, num_rows: int) -> DraftRows:
