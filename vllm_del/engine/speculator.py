@@ -54,10 +54,10 @@ class DelSpeculator(DraftModelSpeculator):
         return EarlyExitNetwork.from_target(target_model)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Draft steps run eagerly: there is no graph to manage yet."""
+        """Draft steps are not captured: there is no graph to manage yet."""
 
     def capture(self) -> None:
-        """Draft steps run eagerly: there is no graph to capture yet."""
+        """Draft steps are not captured: there is no graph to capture yet."""
 
     @torch.inference_mode()
     def propose(
