@@ -1,0 +1,116 @@
+"""The statistics against an oracle of the paper's rules, over a thousand random sequences in one batch."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from tests.policy.oracle import Oracle
+from vllm_del.policy.acceptance import AcceptanceStatistics, kept_positions
+from vllm_del.policy.objective import best_by_tokens_per_layer
+
+TRACES = 1000
+ROUNDS = 12
+MAX_LENGTH = 17
+NUM_LAYERS = 16
+DEPTHS = [1, 2, 3, 5, 8, 12]
+PROMPT = 32
+
+Position = list[tuple[bool, float]]
+
+
+def random_position(rng: random.Random, rates: list[float]) -> Position:
+    """Of a text on which exit i agrees with the target at rate i; surer of itself when it does."""
+    outcomes = [rng.random() < rate for rate in rates]
+    return [(match, rng.betavariate(4, 2) if match else rng.betavariate(2, 4)) for match in outcomes]
+
+
+def test_choices_and_thresholds_are_the_papers() -> None:
+    """All sequences share the tensors, each with its own history: nothing may leak from one to another."""
+    rng = random.Random(0)
+    oracles = [Oracle(DEPTHS, NUM_LAYERS, MAX_LENGTH) for _ in range(TRACES)]
+    rates = [sorted(rng.random() for _ in DEPTHS) for _ in range(TRACES)]
+    statistics = AcceptanceStatistics(TRACES, len(DEPTHS), torch.device("cpu"))
+    slots = torch.randperm(TRACES, generator=torch.Generator().manual_seed(0))
+    chosen = [(0, 1)] * TRACES  # the paper's first round: one token from the first exit
+    different = set()
+    for round_ in range(ROUNDS):
+        prompts = [
+            [random_position(rng, r) for _ in range(rng.randint(0, PROMPT))] if not round_ else [] for r in rates
+        ]
+        drafts = [
+            [random_position(rng, r) for _ in range(length + 1)] for r, (_, length) in zip(rates, chosen, strict=True)
+        ]
+        accepted = [
+            oracle.observe(exit_, prompt, positions)
+            for oracle, (exit_, _), prompt, positions in zip(oracles, chosen, prompts, drafts, strict=True)
+        ]
+        observe(statistics, slots, prompts, drafts, accepted)
+        exits, lengths = best_by_tokens_per_layer(
+            statistics.acceptance(slots), torch.tensor(DEPTHS), NUM_LAYERS, MAX_LENGTH
+        )
+        chosen = [oracle.choose() for oracle in oracles]
+        assert list(zip(exits.tolist(), lengths.tolist(), strict=True)) == chosen
+        different |= set(chosen)
+        thresholds = statistics.stop_below(slots).tolist()
+        for oracle, row in zip(oracles, thresholds, strict=True):
+            for exit_, actual in enumerate(row):
+                expected = oracle.threshold(exit_)
+                assert math.isnan(actual) if expected is None else actual == pytest.approx(expected)
+    assert len(different) > 30
+
+
+def observe(
+    statistics: AcceptanceStatistics,
+    slots: torch.Tensor,
+    prompts: list[list[Position]],
+    drafts: list[list[Position]],
+    accepted: list[int],
+) -> None:
+    """The same round as tensors: prompt positions first, then the drafted ones, all padded to the longest."""
+    width = MAX_LENGTH + 1
+    matched = torch.zeros(TRACES, PROMPT + width, len(DEPTHS), dtype=torch.bool)
+    confidence = torch.full(matched.shape, math.nan)
+    there = torch.zeros(TRACES, PROMPT + width, dtype=torch.bool)
+    for row, (prompt, positions) in enumerate(zip(prompts, drafts, strict=True)):
+        for begin, part in ((0, prompt), (PROMPT, positions)):
+            for at, position in enumerate(part, begin):
+                matched[row, at] = torch.tensor([match for match, _ in position])
+                confidence[row, at] = torch.tensor([value for _, value in position])
+                there[row, at] = True
+    there[:, PROMPT:] &= kept_positions(torch.tensor(accepted), width)
+    statistics.observe(slots, matched, confidence, there.unsqueeze(-1).expand_as(matched))
+
+
+class TestSlots:
+    def one(self, statistics: AcceptanceStatistics, slot: int, match: bool, confidence: float = 0.5) -> None:
+        shape = (1, 1, 2)
+        statistics.observe(
+            torch.tensor([slot]),
+            torch.full(shape, match),
+            torch.full(shape, confidence),
+            torch.tensor([[[True, False]]]),
+        )
+
+    def test_unknown_is_nan_and_stops_nothing(self) -> None:
+        statistics = AcceptanceStatistics(3, 2, torch.device("cpu"))
+        self.one(statistics, 1, True)
+        acceptance = statistics.acceptance(torch.tensor([0, 1]))
+        assert acceptance.isnan().tolist() == [[True, True], [False, True]]
+        assert not (torch.zeros(2) < statistics.stop_below(torch.tensor([1]))).any()
+
+    def test_reset_forgets_one_slot_only(self) -> None:
+        statistics = AcceptanceStatistics(3, 2, torch.device("cpu"))
+        for slot in (0, 1):
+            self.one(statistics, slot, True)
+        statistics.reset(torch.tensor([1]))
+        assert statistics.acceptance(torch.tensor([0, 1]))[:, 0].isnan().tolist() == [False, True]
+        self.one(statistics, 1, False)
+        assert statistics.acceptance(torch.tensor([1]))[0, 0] == 0
+
+    def test_old_rounds_fade(self) -> None:
+        statistics = AcceptanceStatistics(1, 2, torch.device("cpu"), decay=0.5)
+        self.one(statistics, 0, True)
+        self.one(statistics, 0, False)
+        assert statistics.acceptance(torch.tensor([0]))[0, 0].item() == pytest.approx(0.5 / 1.5)
