@@ -5,6 +5,7 @@
 are right for a drafter that writes KV ahead. `isinstance(config, DelConfig)` is what tells the two apart.
 """
 
+import difflib
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,13 @@ def _parse_exit_layers(value: Any) -> Any:
             raise ValueError(
                 f"del_exit_layers={value!r} is not understood: give 'auto', one depth (4), or several (4,8,12)"
             ) from None
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if value != "auto" and not (isinstance(value, list) and all(type(layer) is int for layer in value)):
+        raise ValueError(
+            f"del_exit_layers={value!r} is not understood: give 'auto', one depth (4), or several (4,8,12)"
+        )
+    return value
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -62,20 +69,29 @@ class DelConfig(SpeculativeConfig):
     )
     """The largest number of tokens drafted for a sequence in one round."""
     del_exit_layers: Annotated[Literal["auto"] | list[StrictInt], BeforeValidator(_parse_exit_layers)] = "auto"
-    """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes a fifth of the
-    model's depth, but 4 layers, or half of a shallower model, at least. With `del_policy: "fixed"` every draft
-    leaves at the first depth listed."""
-    del_policy: Literal["fixed"] = "fixed"
-    """How the exit layer and the draft length are chosen. `"fixed"`: always the same ones."""
+    """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes an eighth, a fifth, a
+    third and a half of the model's depth; with `del_policy: "fixed"` a fifth, but 4 layers, or half of a shallower
+    model, at least. `del_policy: "fixed"` takes one depth."""
+    del_policy: Literal["dynamic", "fixed"] = "dynamic"
+    """How the exit layer and the draft length are chosen. `"dynamic"`: for each sequence in each round, from what was
+    accepted and what a round costs. `"fixed"`: always the same ones."""
+    del_objective: Literal["goodput", "tpl"] = "goodput"
+    """What the dynamic policy makes large. `"goodput"`: expected tokens of the whole batch over the measured time of
+    the round. `"tpl"`: the DEL paper's tokens per layer, where drafts are ended by confidence alone."""
+    del_shadow_budget: float = Field(default=0.02, ge=0, le=1)
+    """What the dynamic policy may spend on asking exits that did not draft what they would have said, as a share of
+    the time of verification."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_fields(cls, given: Any) -> Any:
         """Pydantic's own message for an unknown field would not say what is accepted."""
-        known = {field.name for field in fields(cls)}
+        known, accepted = {field.name for field in fields(cls)}, cls._accepted()
         for name, value in (getattr(given, "kwargs", None) or {}).items():
             if name not in known:
-                raise ValueError(f"{name}={value!r} is no field of method 'del'. Accepted: {cls._accepted()}")
+                close = difflib.get_close_matches(name, accepted, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise ValueError(f"{name}={value!r} is no field of method 'del'.{hint} Accepted: {', '.join(accepted)}")
         return given
 
     def __post_init__(self) -> None:
@@ -85,22 +101,31 @@ class DelConfig(SpeculativeConfig):
             raise ValueError("target_model_config is None: vLLM fills it in; build DelConfig through EngineArgs")
         self._reject_foreign_fields()
         depth = self.target_model_config.get_total_num_hidden_layers()
-        self.del_exit_layers = _resolve_exit_layers(self.del_exit_layers, depth)
+        self.del_exit_layers = _resolve_exit_layers(self.del_exit_layers, depth, self.is_dynamic)
 
         self.method = "draft_model"
         self.model = self.target_model_config.model
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
         self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+        if self.is_dynamic:
+            # vLLM's own way to say which hidden states the target hands out: after each exit, and after all layers.
+            self.target_model_config.hf_config.eagle_aux_hidden_state_layer_ids = [*self.exits, depth]
 
     def compute_hash(self) -> str:
         """What vLLM names compiled code by: with the exits, as each has a graph of its own."""
         return f"{super().compute_hash()} exits {self.del_exit_layers}"
 
     @property
-    def exit_layer(self) -> int:
-        """The depth at which the fixed policy's drafts leave."""
-        return int(self.del_exit_layers[0])
+    def is_dynamic(self) -> bool:
+        """Whether exits and lengths are chosen while serving."""
+        return self.del_policy == "dynamic"
+
+    @property
+    def exits(self) -> list[int]:
+        """The depths at which drafts may leave, ascending."""
+        assert isinstance(self.del_exit_layers, list)
+        return sorted(self.del_exit_layers)
 
     @property
     def max_num_new_slots_for_drafting(self) -> int:
@@ -108,10 +133,10 @@ class DelConfig(SpeculativeConfig):
         return 0
 
     @classmethod
-    def _accepted(cls) -> str:
+    def _accepted(cls) -> list[str]:
         """The fields a user may give."""
         own = sorted(field.name for field in fields(cls) if field.name.startswith("del_"))
-        return ", ".join(["method", "num_speculative_tokens", *own])
+        return ["method", "num_speculative_tokens", *own]
 
     def _reject_foreign_fields(self) -> None:
         """Refuse fields of other speculative methods, which would silently do nothing here."""
@@ -122,13 +147,14 @@ class DelConfig(SpeculativeConfig):
             if field.default is not MISSING and value != _plain_default(field.default):
                 raise ValueError(
                     f"{field.name}={value!r} has no meaning for method 'del' (the target model drafts for "
-                    f"itself): leave it out. Accepted: {self._accepted()}"
+                    f"itself): leave it out. Accepted: {', '.join(self._accepted())}"
                 )
 
     def __repr__(self) -> str:
         return (
             f"DelConfig(method='del', num_speculative_tokens={self.num_speculative_tokens}, "
-            f"del_exit_layers={self.del_exit_layers}, del_policy={self.del_policy!r})"
+            f"del_exit_layers={self.del_exit_layers}, del_policy={self.del_policy!r}, "
+            f"del_objective={self.del_objective!r}, del_shadow_budget={self.del_shadow_budget})"
         )
 
 
@@ -137,10 +163,13 @@ def _plain_default(default: Any) -> Any:
     return getattr(default, "default", default)
 
 
-def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int) -> list[int]:
+def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int, dynamic: bool) -> list[int]:
     """`wanted` as a list of distinct depths in [1, depth - 1]."""
     if depth < 2:
         raise ValueError(f"method='del' needs a model of at least 2 layers; this one has {depth}")
+    if wanted == "auto" and dynamic:
+        # A few: each is asked what it would say. Deeper than half, a draft can hardly pay.
+        return sorted({max(1, round(depth / part)) for part in (8, 5, 3, 2)})
     if wanted == "auto":
         # A fifth is what LayerSkip's authors draft with, more or less. Copying from the context takes a few layers
         # however deep the model is, and text that repeats itself is where drafts are accepted most.
@@ -150,4 +179,6 @@ def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int) -> lis
         raise ValueError(
             f"del_exit_layers={wanted!r}: give depths from 1 to {depth - 1} (the model has {depth} layers), or 'auto'"
         )
+    if not dynamic and len(wanted) > 1:
+        raise ValueError(f"del_exit_layers={wanted!r}: del_policy='fixed' drafts at one depth; give one")
     return list(dict.fromkeys(wanted))

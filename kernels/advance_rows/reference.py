@@ -27,14 +27,14 @@ def advance_rows(
 
     A live row advances by one; `seq_lens` then counts its context with the new position in it. A row that would
     pass `max_model_len` stops being live. A row that is not live stays where it is, within bounds, and its slot is
-    `PAD_SLOT`: it may still be computed with the batch, but writes nothing.
+    `PAD_SLOT`: it may still be computed with the batch, but writes nothing, and attends to one position only.
 
     All updates are in place, on the tensors' device, without waiting for it.
     """
     positions.add_(live)
     live.logical_and_(positions < max_model_len)
     positions.clamp_(min=0, max=max_model_len - 1)
-    seq_lens.copy_(positions + 1)
+    seq_lens.copy_(positions + 1).masked_fill_(~live, 1)
     for block_table, block_size, slot in zip(block_tables, block_sizes, slots, strict=True):
         block_index = torch.div(positions, block_size, rounding_mode="floor")
         block = block_table.gather(1, block_index.unsqueeze(1)).squeeze(1)

@@ -35,7 +35,7 @@ def test_lossless(host: Host, checkpoints: Path, architecture: str) -> None:
     """Greedy output in float32 is that of vLLM without speculation, and drafts are accepted on the way."""
     model = checkpoint(checkpoints, architecture)
     off = host.generate(model, PROMPTS, GREEDY)
-    on = host.generate(model, PROMPTS, GREEDY, {"method": "del", "del_exit_layers": 2})
+    on = host.generate(model, PROMPTS, GREEDY, {"method": "del", "del_policy": "fixed", "del_exit_layers": 2})
     assert on.completions == off.completions
     assert on.accepted > 0
     assert on.steps < off.steps

@@ -34,7 +34,7 @@ def test_drafts_are_those_of_the_truncated_model(
     Gemma's layers have a window or not in turn, so its early ones are in two KV cache groups.
     """
     model = checkpoint(checkpoints, architecture)
-    spec = {"method": "del", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
+    spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
     outcome = host.generate(model, PROMPTS, GREEDY, spec, max_num_batched_tokens=48)
     texts = [(*prompt, *c.token_ids) for prompt, (c,) in zip(PROMPTS, outcome.completions, strict=True)]
     assert (outcome.drafted, outcome.accepted) == _simulate(model, exit_layer, num_tokens, texts)
@@ -44,7 +44,7 @@ def test_drafts_are_those_of_the_truncated_model(
 def test_drafts_after_preemption(host: Host, checkpoints: Path) -> None:
     """A resumed sequence is drafted for as well as one that was never preempted: its KV is as good."""
     model = checkpoint(checkpoints, "llama")
-    spec = {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": 4}
+    spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": 2, "num_speculative_tokens": 4}
     prompts = [[10 + i, *range(30, 60)] for i in range(6)]
     sampling = {**GREEDY, "max_tokens": 100}
     outcome = host.generate(model, prompts, sampling, spec, num_gpu_blocks_override=14)
@@ -58,7 +58,7 @@ def test_drafts_after_preemption(host: Host, checkpoints: Path) -> None:
 def test_a_batch_of_unfinished_prompts_drafts_nothing(host: Host, checkpoints: Path) -> None:
     """Two chunks of a prompt pass without a draft step; the third ends it and is followed by one round."""
     model = checkpoint(checkpoints, "llama")
-    spec = {"method": "del", "del_exit_layers": 1, "num_speculative_tokens": 3}
+    spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": 1, "num_speculative_tokens": 3}
     host.call(_count_steps, model, spec)
     outcome = host.generate(model, [PROMPTS[2]], {**GREEDY, "max_tokens": 1}, spec, max_num_batched_tokens=48)
     assert outcome.steps >= 3
@@ -74,8 +74,13 @@ def _drafter(model: str, spec: dict[str, Any]) -> Any:
 def _count_steps(model: str, spec: dict[str, Any]) -> None:
     """In the engine's process: begin to count draft steps."""
     drafter = _drafter(model, spec)
-    drafter.steps_seen = []
-    drafter.model.register_forward_hook(lambda *_: drafter.steps_seen.append(1))
+    drafter.steps_seen, head = [], drafter.head
+
+    def counted(hidden_states: torch.Tensor) -> Any:
+        drafter.steps_seen.append(1)
+        return head(hidden_states)
+
+    drafter.head = counted
 
 
 def _counted_steps(model: str, spec: dict[str, Any]) -> int:

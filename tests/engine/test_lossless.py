@@ -10,7 +10,7 @@ from tests.engine.host import Arrival, Host, Outcome
 
 GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 70)), [9, 4, 88] * 50]
-SPEC = {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": 4}
+SPEC = {"method": "del", "del_exit_layers": [1, 2, 3], "num_speculative_tokens": 4}
 
 pytestmark = pytest.mark.engine
 
@@ -45,7 +45,7 @@ def test_synchronous_scheduling(host: Host, model: str) -> None:
 @pytest.mark.parametrize("exit_layer", [1, 3])
 @pytest.mark.parametrize("num_tokens", [1, 16])
 def test_extreme_exits_and_lengths(host: Host, model: str, exit_layer: int, num_tokens: int) -> None:
-    spec = {"method": "del", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
+    spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
     _, on = both(host, model, PROMPTS, GREEDY, spec)
     assert on.drafted % num_tokens == 0
 

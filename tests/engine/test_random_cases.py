@@ -10,6 +10,7 @@ from tests.engine.host import Arrival, Host
 
 MODELS = [(architecture, seed) for architecture in ("llama", "qwen2", "qwen3", "llama-tied") for seed in (1, 2, 3)]
 CASES_PER_MODEL = 17
+POLICIES = [{"del_policy": "fixed"}, {"del_objective": "tpl"}, {"del_objective": "goodput"}]
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +23,8 @@ def test_random_cases(host: Host, checkpoints: Path, architecture: str, seed: in
     specs = [
         {
             "method": "del",
-            "del_exit_layers": rng.randint(1, 3),
+            **rng.choice(POLICIES),
+            "del_exit_layers": rng.sample([1, 2, 3], rng.randint(1, 3)),
             "num_speculative_tokens": rng.choice([1, 2, 3, 4, 6, 9, 16]),
         }
         for _ in range(2)

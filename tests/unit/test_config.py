@@ -17,16 +17,31 @@ class TestDefaults:
     def test_fields(self, del_config):
         config = del_config()
         assert config.num_speculative_tokens == DEFAULT_NUM_SPECULATIVE_TOKENS == 4
-        assert config.del_exit_layers == [4]
-        assert config.exit_layer == 4
-        assert config.del_policy == "fixed"
+        assert config.del_exit_layers == config.exits == [2, 4, 6]
+        assert config.del_policy == "dynamic"
+        assert config.del_objective == "goodput"
+        assert config.del_shadow_budget == 0.02
+
+    @pytest.mark.parametrize(
+        ("depth", "exits"),
+        [(2, [1]), (3, [1, 2]), (5, [1, 2]), (8, [1, 2, 3, 4]), (16, [2, 3, 5, 8]), (32, [4, 6, 11, 16])],
+    )
+    def test_auto_is_a_few_exits_in_the_first_half(self, depth, exits, engine_config):
+        config = engine_config(speculative_config="del", hf_overrides={"num_hidden_layers": depth})
+        assert config.speculative_config.exits == exits
 
     @pytest.mark.parametrize(
         ("depth", "exit_layer"), [(2, 1), (3, 1), (5, 2), (8, 4), (16, 4), (22, 4), (23, 5), (32, 6), (80, 16)]
     )
-    def test_auto_exit_is_a_fifth_of_the_depth_and_not_too_shallow(self, depth, exit_layer, engine_config):
-        config = engine_config(speculative_config="del", hf_overrides={"num_hidden_layers": depth})
-        assert config.speculative_config.del_exit_layers == [exit_layer]
+    def test_auto_and_fixed_is_a_fifth_of_the_depth_and_not_too_shallow(self, depth, exit_layer, engine_config):
+        fixed = {"method": "del", "del_policy": "fixed"}
+        config = engine_config(speculative_config=fixed, hf_overrides={"num_hidden_layers": depth})
+        assert config.speculative_config.exits == [exit_layer]
+
+    def test_the_target_is_told_which_hidden_states_to_hand_out(self, del_config):
+        config = del_config(del_exit_layers=[4, 2])
+        handed_out = config.target_model_config.hf_config.eagle_aux_hidden_state_layer_ids
+        assert handed_out == [2, 4, LLAMA_LAYERS]
 
     def test_each_exit_has_compiled_code_of_its_own(self, del_config):
         hashes = {del_config(del_exit_layers=layers).compute_hash() for layers in (2, 3, "auto")}
@@ -56,7 +71,7 @@ class TestExitLayers:
     def test_accepted_forms(self, given, resolved, del_config):
         config = del_config(del_exit_layers=given)
         assert config.del_exit_layers == resolved
-        assert config.exit_layer == resolved[0]
+        assert config.exits == sorted(resolved)
 
 
 RANGE = [f"from 1 to {DEEPEST}", "auto"]
@@ -81,12 +96,10 @@ class TestWrongValues:
             ("2.5", ["'2.5'", "auto", "4,8,12"]),
             ("[2,3]", ["'[2,3]'", "auto", "4,8,12"]),
             ("AUTO", ["'AUTO'", "auto", "4,8,12"]),
-            (True, ["True", "auto", "list"]),
-            (2.5, ["2.5", "auto", "list"]),
-            ([2.5], ["2.5", "integer"]),
-            (["deep"], ["deep", "integer"]),
-            (None, ["None", "auto", "list"]),
-            ({"first": 2}, ["first", "auto", "list"]),
+            *(
+                (value, [repr(value), "auto", "4,8,12"])
+                for value in (True, 2.5, [2.5], ["deep"], [2, "3"], None, {"first": 2}, ["auto"])
+            ),
         ],
     )
     def test_del_exit_layers(self, value, words, del_config):
@@ -117,7 +130,19 @@ class TestWrongValues:
 
     @pytest.mark.parametrize("value", ["x", "", None, "Fixed", 1])
     def test_del_policy(self, value, del_config):
-        self.assert_refused(del_config, "del_policy", value, [repr(value), "'fixed'"])
+        self.assert_refused(del_config, "del_policy", value, [repr(value), "'fixed'", "'dynamic'"])
+
+    def test_several_depths_for_the_fixed_policy(self, del_config):
+        with pytest.raises(ValueError, match=r"del_exit_layers=\[2, 3\].*fixed.*one depth"):
+            del_config(del_policy="fixed", del_exit_layers=[2, 3])
+
+    @pytest.mark.parametrize("value", ["x", None, "TPL", 1])
+    def test_del_objective(self, value, del_config):
+        self.assert_refused(del_config, "del_objective", value, [repr(value), "'goodput'", "'tpl'"])
+
+    @pytest.mark.parametrize("value", [-0.1, 1.5, "much", None])
+    def test_del_shadow_budget(self, value, del_config):
+        self.assert_refused(del_config, "del_shadow_budget", value, [str(value)])
 
     @pytest.mark.parametrize(
         ("field", "value"),

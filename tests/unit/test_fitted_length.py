@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 import vllm_del.draft.loop
 import vllm_del.engine.proposer
 import vllm_del.engine.speculator
+from vllm_del.draft.decide import FixedPolicy
 
 CPU = torch.device("cpu")
 FITTED = 100
@@ -43,12 +44,13 @@ def drafted_length(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_v2(vllm_config, monkeypatch):
     seen = drafted_length(vllm_del.engine.speculator, monkeypatch)
     speculator = vllm_del.engine.speculator.DelSpeculator(vllm_config, CPU)
-    speculator.exit = speculator.head = None
+    speculator.segments, speculator.head, speculator.policy = [], None, FixedPolicy(4)
     vllm_config.model_config.max_model_len = FITTED  # as GPUWorker.update_max_model_len does
 
     lengths = torch.tensor([3, 4], dtype=torch.int32)
     batch = SimpleNamespace(
         num_reqs=2,
+        req_ids=["a", "b"],
         idx_mapping=torch.arange(2),
         seq_lens=lengths,
         seq_lens_cpu_upper_bound=lengths,
@@ -71,11 +73,11 @@ def test_v1(vllm_config, monkeypatch):
     runner = SimpleNamespace(
         max_model_len=vllm_config.model_config.max_model_len,
         discard_request_mask=SimpleNamespace(gpu=torch.zeros(2, dtype=torch.bool)),
-        input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=[])),
+        input_batch=SimpleNamespace(req_ids=["a", "b"], block_table=SimpleNamespace(block_tables=[])),
     )
     with set_current_vllm_config(vllm_config):
         proposer = vllm_del.engine.proposer.DelProposer(vllm_config, CPU, runner)
-    proposer.exit = proposer.head = None
+    proposer.segments, proposer.head, proposer.policy = [], None, FixedPolicy(4)
     proposer._draft_attn_layer_names = set()
     proposer.initialize_attn_backend(KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=[]))
     proposer.initialize_cudagraph_keys(CUDAGraphMode.NONE)

@@ -10,8 +10,10 @@ from vllm_del.draft.network import EarlyExitNetwork
 
 
 class Norm(nn.Module):
+    """As vLLM's: a pair with a residual, which is added, and a tensor without."""
+
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        return (hidden_states, hidden_states) if residual is None else (hidden_states + residual, residual)
+        return hidden_states if residual is None else (hidden_states + residual, residual)
 
 
 class Decoder(nn.Module):
@@ -85,7 +87,7 @@ class NormOfOne(Decoder):
         residual = None
         for layer in self.layers:
             hidden_states, residual = layer(positions, hidden_states, residual)
-        return self.norm(hidden_states)[0]
+        return self.norm(hidden_states)
 
 
 class Asserts(Decoder):
@@ -98,8 +100,18 @@ class Target(nn.Module):
         super().__init__()
         self.model = decoder
 
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, positions)
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
+
+
+class ScaledOutput(Target):
+    """As MiniCPM does."""
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, positions) / 3
 
 
 @pytest.mark.parametrize("decoder", [Decoder, UnsetArgument])
@@ -131,6 +143,21 @@ def test_refuses(decoder: type[Decoder], reason: str, size: float) -> None:
     with pytest.raises(ValueError, match=f"Target cannot draft for itself: .*{reason}"):
         EarlyExitNetwork.from_target(target)
     assert not any("forward" in vars(layer) for layer in target.model.layers), "stand-ins are left behind"
+
+
+def test_refuses_what_changes_its_decoders_output() -> None:
+    target = ScaledOutput(Decoder())
+    with pytest.raises(ValueError, match="changes what its decoder gives before the LM head"):
+        EarlyExitNetwork.from_target(target)
+    assert isinstance(target.model, Decoder)
+
+
+def test_a_forward_that_an_offloader_gave_a_layer_is_there_again() -> None:
+    target = Target(Decoder())
+    offloaded = target.model.layers[1].forward
+    target.model.layers[1].forward = offloaded
+    EarlyExitNetwork.from_target(target)
+    assert [vars(layer).get("forward") for layer in target.model.layers[:3]] == [None, offloaded, None]
 
 
 @pytest.mark.parametrize("attribute", ["embed_input_ids", "norm", "layers"])

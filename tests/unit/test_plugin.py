@@ -178,6 +178,18 @@ class TestVersionOutsideTheRange:
         assert isinstance(engine_config(speculative_config="del").speculative_config, DelConfig)
 
 
+class Worker:
+    """What the wrapper calls of a worker."""
+
+    def __init__(self, reached: list, model_runner: Any) -> None:
+        self.reached, self.model_runner = reached, model_runner
+
+    def init_device(self) -> None:
+        self.reached.append(True)
+
+    def compile_or_warm_up_model(self) -> None: ...
+
+
 class TestWorker:
     """In a worker, the runner's drafter is ours when, and only when, the configuration is a DelConfig."""
 
@@ -202,9 +214,12 @@ class TestWorker:
         reached = []
         wrapper = WorkerWrapperBase()
         wrapper.vllm_config = vllm_config
-        wrapper.worker = SimpleNamespace(init_device=lambda: reached.append(True))
+        runner = SimpleNamespace(use_aux_hidden_state_outputs=False)
+        wrapper.worker = Worker(reached, runner)
         wrapper.init_device()
         assert reached == [True]
+        is_del = isinstance(vllm_config.speculative_config, DelConfig)
+        assert runner.use_aux_hidden_state_outputs == is_del
 
     @pytest.fixture
     def configs(self, engine_config, models) -> dict[str, VllmConfig]:
@@ -220,7 +235,7 @@ class TestWorker:
     def test_not_asked_for(self, name, runner, configs, patched, monkeypatch):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
         self.start(configs[name])
-        assert not patched
+        assert patched <= {(WorkerWrapperBase, "init_device")}
 
     def test_v1(self, configs, patched, monkeypatch):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")

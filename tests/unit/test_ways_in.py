@@ -24,7 +24,7 @@ PLAIN_ARGUMENTS = [
     "--speculative-config.method del",
     "-sc.method del",
     "--speculative-config.del_exit_layers auto",
-    "--speculative-config.del_policy fixed",
+    "--speculative-config.del_policy dynamic",
     "--spec-method del",
 ]
 DETAILED_ARGUMENTS = [

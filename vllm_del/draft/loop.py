@@ -12,14 +12,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_del.draft.head import ExitHead
+from vllm_del.draft.network import Layers
 from vllm_del.kernels.advance_rows import advance_rows
+
+NO_TOKEN = -1
+"""Where a row drafted nothing (vLLM's `PLACEHOLDER_TOKEN_ID`)."""
 
 
 @dataclass
 class DraftRows:
-    """The rows of a round: tensors on the model's device, one row a sequence, reused from round to round."""
+    """The rows of a round, one a sequence: tensors on the model's device."""
 
     # [rows] int32: the token each row feeds next
     input_ids: torch.Tensor
@@ -27,36 +32,117 @@ class DraftRows:
     positions: torch.Tensor
     # [rows] int32: the context length of the step, its own position included
     seq_lens: torch.Tensor
-    # [rows] bool: rows that draft; the others are computed along and write nothing
+    # [rows] bool: rows that still draft; the others are computed along and write nothing
     live: torch.Tensor
     # per KV cache group: [rows, max_blocks] int32, the tokens in a block, and [rows] int64
     block_tables: Sequence[torch.Tensor]
     block_sizes: Sequence[int]
     slots: Sequence[torch.Tensor]
 
+    def begin(
+        self,
+        # [begun] each, of at most as many rows: the token sampled last, the context length that the verification
+        # left with the drafts in it, how many of these it rejected, and whether the row drafts
+        tokens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        rejected: torch.Tensor,
+        live: torch.Tensor,
+    ) -> None:
+        """Set the rows for a round. Those beyond, of padding, are in no sequence's place and draft nothing."""
+        begun = len(tokens)
+        self.input_ids[:begun].copy_(tokens)
+        # The next token goes to the position after what was kept.
+        self.positions.fill_(-1)
+        self.positions[:begun].add_(seq_lens).sub_(rejected)
+        self.live.zero_()
+        self.live[:begun].copy_(live)
 
-AttentionContext = Callable[[int], AbstractContextManager[None]]
-"""`attention(step)` is vLLM's forward context for a draft step: one query token a row, as `DraftRows` says."""
+    def take(
+        self,
+        # [taken] int64
+        index: torch.Tensor,
+    ) -> "DraftRows":
+        """Copies of some of the rows."""
+        return DraftRows(
+            input_ids=self.input_ids[index],
+            positions=self.positions[index],
+            seq_lens=self.seq_lens[index],
+            live=self.live[index],
+            block_tables=[table[index] for table in self.block_tables],
+            block_sizes=self.block_sizes,
+            slots=[slot[index] for slot in self.slots],
+        )
 
 
-Exit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""`exit(input_ids, positions)` is the early-exit network up to the exit: the hidden states that the head reads."""
+@dataclass
+class Plan:
+    """What each row drafts in a round: tensors on the model's device, and bounds on them that the host knows."""
+
+    # [rows] int64: the segment after which the row leaves
+    exit: torch.Tensor
+    # [rows] int64: drafts, 0 for none
+    length: torch.Tensor
+    # [rows] float: a draft less probable than this is the row's last one; NaN for never
+    stop_below: torch.Tensor
+    # at least the largest of `exit` and of `length`
+    deepest: int
+    longest: int
+
+    @classmethod
+    def uniform(cls, rows: int, exit: int, length: int, device: torch.device) -> "Plan":
+        """The same for every row."""
+        full = torch.full((rows,), exit, device=device), torch.full((rows,), length, device=device)
+        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length)
+
+    def take(
+        self,
+        # [taken] int64
+        index: torch.Tensor,
+    ) -> "Plan":
+        """The plan for some of the rows, where the host knows what is in it."""
+        exit = self.exit[index]
+        return Plan(exit, self.length[index], self.stop_below[index], int(exit.max()), self.longest)
+
+    def padded(self, num_rows: int, deepest: int, longest: int) -> "Plan":
+        """The same with more rows, which draft nothing, and with other bounds: the shape that other ranks run too."""
+        more = (0, num_rows - self.exit.shape[0])
+        exit, length, stop_below = (pad(values, more) for values in (self.exit, self.length, self.stop_below))
+        return Plan(exit, length, stop_below, deepest, longest)
+
+
+@dataclass
+class Drafts:
+    """What a round drafted."""
+
+    # [rows, largest draft length] int64, `NO_TOKEN` after a row's last one
+    tokens: torch.Tensor
+    # [rows, largest draft length] float32: each token's probability under the exit it was drafted at
+    confidence: torch.Tensor
+
+
+AttentionContext = Callable[[int, DraftRows], AbstractContextManager[None]]
+"""`attention(step, rows)` is vLLM's forward context for a draft step: one query token a row, as the rows say."""
 
 
 def draft(
-    exit: Exit,
+    segments: Sequence[Callable[..., Layers]],
     head: ExitHead,
     rows: DraftRows,
+    plan: Plan,
     attention: AttentionContext,
     max_model_len: int,
-    # [rows, draft length] int64, out
-    draft_tokens: torch.Tensor,
+    drafts: Drafts,
+    compact: bool,
 ) -> None:
-    """Draft `draft_tokens.shape[1]` tokens for every row, each leaving at `exit`.
+    """Draft for every live row what `plan` says, into `drafts`. A row that reaches `max_model_len` stops there.
 
-    Tokens of rows that are not live are meaningless, and so are those past `max_model_len`: vLLM schedules neither.
+    `compact` takes rows that are done out of the batch, and ends the round when none is left; it needs their number on
+    the host. Otherwise they are computed along, in the shape the round began with.
     """
-    for step in range(draft_tokens.shape[1]):
+    drafts.tokens.fill_(NO_TOKEN)
+    place = torch.arange(rows.live.shape[0], device=rows.live.device)
+    for step in range(plan.longest):
+        rows.live.logical_and_(plan.length > step)
         advance_rows(
             rows.positions,
             rows.seq_lens,
@@ -66,8 +152,33 @@ def draft(
             rows.slots,
             max_model_len,
         )
-        with attention(step):
-            hidden_states = exit(rows.input_ids, rows.positions)
-        token = head(hidden_states)
-        draft_tokens[:, step] = token
+        if compact and not rows.live.all():
+            left = rows.live.nonzero().squeeze(-1)
+            if not left.numel():
+                break
+            rows, plan, place = rows.take(left), plan.take(left), place[left]
+        with attention(step, rows):
+            states = run_segments(segments[: plan.deepest + 1], rows.input_ids, rows.positions, plan.exit)
+        token, confidence = head(states)
+        assert token.shape == rows.live.shape, "compiled layers have forgotten the number of rows"
+        drafts.tokens[place, step] = token.where(rows.live, NO_TOKEN)
+        drafts.confidence[place, step] = confidence
+        # Not `>=`, which a threshold of NaN would fail.
+        rows.live.logical_and_(~(confidence < plan.stop_below))
         rows.input_ids.copy_(token)
+
+
+def run_segments(
+    segments: Sequence[Callable[..., Layers]],
+    # [rows] int, [rows] int64
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    # [rows] int64: the segment after which each row leaves; None: all after the last one
+    exit: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the head reads of each row where it leaves, [rows, hidden size]."""
+    hidden_states, residual, states = segments[0](input_ids, positions)
+    for index, segment in enumerate(segments[1:], start=1):
+        hidden_states, residual, deeper = segment(positions, hidden_states, residual)
+        states = deeper if exit is None else deeper.where((exit >= index).unsqueeze(-1), states)
+    return states

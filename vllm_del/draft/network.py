@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+Layers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""What some layers give, [rows, hidden size] each: hidden states and residual, both for the next layer, and what the
+LM head reads when leaving here."""
+
 
 class EarlyExitNetwork(nn.Module):
-    """A view over the target: token embedding, the layers [0, depth), the final norm and the LM head.
+    """A view over the target: its token embedding, its layers and its final norm, to be run up to any depth.
 
     Made for decoders of the common shape: `embed_input_ids`, a list `layers` called as
     `layer(positions, hidden_states, residual)`, and `norm(hidden_states, residual)`; `from_target` raises
@@ -43,23 +47,42 @@ class EarlyExitNetwork(nn.Module):
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def forward(
+    def first(
         self,
         # [rows] int
         input_ids: torch.Tensor,
         # [rows] int64
         positions: torch.Tensor,
-        depth: int,
-    ) -> torch.Tensor:
-        """The hidden states [rows, hidden size] that the LM head reads when leaving after `depth` layers.
+        end: int,
+    ) -> Layers:
+        """Embedding and layers [0, end). Runs inside vLLM's forward context: attention finds its KV there."""
+        return self.further(positions, self.decoder.embed_input_ids(input_ids), None, 0, end)
 
-        Runs inside vLLM's forward context, which tells the attention layers where their KV is.
-        """
-        hidden_states, residual = self.decoder.embed_input_ids(input_ids), None
-        for layer in self.layers[:depth]:
+    def further(
+        self,
+        # [rows] int64
+        positions: torch.Tensor,
+        # [rows, hidden size] each: what layer `start` is called with
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        start: int,
+        end: int,
+    ) -> Layers:
+        """Layers [start, end)."""
+        for layer in self.layers[start:end]:
             hidden_states, residual = layer(positions, hidden_states, residual)
-        hidden_states, _ = self.decoder.norm(hidden_states, residual)
-        return hidden_states
+        return hidden_states, residual, self.read_out(hidden_states if residual is None else hidden_states + residual)
+
+    def read_out(
+        self,
+        # [..., hidden size]: hidden state and residual together, as vLLM hands out auxiliary hidden states
+        state: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the LM head reads where a draft leaves, [..., hidden size].
+
+        Without the residual as an argument: the fused norm would write over both, and deeper layers still need them.
+        """
+        return self.decoder.norm(state)
 
 
 def _check_same_computation(network: EarlyExitNetwork, name: str) -> None:
@@ -77,7 +100,7 @@ def _check_same_computation(network: EarlyExitNetwork, name: str) -> None:
     try:
         with torch.inference_mode(), _stand_in_layers(decoder, positions):
             expected = type(decoder).forward(decoder, *arguments)
-            actual = network(input_ids, positions, network.num_layers)
+            _, _, actual = network.first(input_ids, positions, network.num_layers)
     except _UnknownLayerCall as call:
         raise ValueError(
             f"{name} cannot draft for itself: it calls its layers as {call}, "
@@ -91,12 +114,33 @@ def _check_same_computation(network: EarlyExitNetwork, name: str) -> None:
         ) from error
     if isinstance(expected, tuple):
         expected = expected[0]
-    # Both did the same operations on the same numbers, so anything but rounding is a difference in kind.
+    if _changed_after_the_decoder(network.target, input_ids, positions, actual):
+        raise ValueError(f"{name} cannot draft for itself: it changes what its decoder gives before the LM head")
+    # Both did the same operations on nearly the same numbers, so anything but rounding is a difference in kind.
+    rounding = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
     same_shape = expected.shape == actual.shape
-    if not same_shape or (expected - actual).abs().max() > 1e-3 * expected.abs().max():
+    if not same_shape or (expected - actual).abs().max() > rounding * expected.abs().max():
         raise ValueError(
             f"{name} cannot draft for itself: its forward is not just embedding, layers and norm(hidden, residual)"
         )
+
+
+def _changed_after_the_decoder(
+    target: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
+) -> bool:
+    """Whether the target does something to its decoder's output (MiniCPM scales it), which the head would miss."""
+
+    class Decoder(nn.Module):
+        def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+            return states
+
+    decoder = target.model
+    target.model = Decoder()
+    try:
+        with torch.inference_mode():
+            return not torch.equal(type(target).forward(target, input_ids, positions), states)
+    finally:
+        target.model = decoder
 
 
 class _UnknownLayerCall(Exception):
@@ -125,8 +169,10 @@ def _stand_in_layers(decoder: nn.Module, positions: torch.Tensor) -> Iterator[No
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
+            # vLLM's offloaders put a forward of their own on a layer: it has to be there again afterwards.
+            own = vars(layer).get("forward")
             layer.forward = stand_in(index)
-            stack.callback(delattr, layer, "forward")
+            stack.callback(setattr, layer, "forward", own) if own else stack.callback(delattr, layer, "forward")
         yield
 
 

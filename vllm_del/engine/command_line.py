@@ -19,6 +19,8 @@ def accept_del(original: Callable, parser: Any) -> Any:
     for action in parser._actions:
         if "--speculative-config" in action.option_strings:
             action.type = _word_or_json
+            if action.help and METHOD not in action.help.split():
+                action.help += " Or the word del : the model drafts for itself (vllm-del)."
         elif "--spec-method" in action.option_strings and METHOD not in (action.choices or [METHOD]):
             action.choices = [*action.choices, METHOD]
     return parser

@@ -33,13 +33,13 @@ def log_plan(vllm_config: VllmConfig, network: EarlyExitNetwork, runner: str) ->
     """Say once, at start, what will happen."""
     config = vllm_config.speculative_config
     assert isinstance(config, DelConfig)
+    depths = " or ".join(map(str, config.exits))
     logger.info_once(
-        "del: %s drafts for itself, up to %d tokens a round with the first %d of its %d layers "
-        "(del_policy=%s, model runner %s)",
+        "del: %s drafts for itself, up to %d tokens a round with the first %s of its %d layers (%s, model runner %s)",
         type(network.target).__name__,
         config.num_speculative_tokens,
-        config.exit_layer,
+        depths,
         network.num_layers,
-        config.del_policy,
+        f"chosen for each sequence by {config.del_objective}" if config.is_dynamic else "fixed",
         runner,
     )

@@ -7,13 +7,13 @@ one, the entries marked [registry] go.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_del.asking import as_fields, asks_for_del
 from vllm_del.config import DelConfig
@@ -21,12 +21,23 @@ from vllm_del.engine.command_line import accept_del
 from vllm_del.engine.support import check_supported
 from vllm_del.engine.wrap import wrap
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
 
 def apply() -> None:
     """Apply what a process needs before it knows whether `del` is asked for. Idempotent."""
     wrap(EngineArgs, "add_cli_args", accept_del)
     wrap(EngineArgs, "create_engine_config", _expand_the_word_and_check)
     wrap(EngineArgs, "create_speculative_config", _build_del_config)
+    if "vllm.v1.worker.worker_base" in sys.modules:
+        _watch_workers()
+
+
+def _watch_workers() -> None:
+    """Called where there are workers, or `del` is asked for: the module is too large to import for anyone else."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
     wrap(WorkerWrapperBase, "init_device", _install_the_drafter)
 
 
@@ -36,7 +47,9 @@ def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any,
     Why: vLLM takes a dict here, and checks its own methods only. Checked after the whole configuration
     exists and before any process starts, so that a refusal is one error in the user's own process.
     """
-    self.speculative_config = as_fields(self.speculative_config)
+    given = self.speculative_config = as_fields(self.speculative_config)
+    if isinstance(given, (str, list, tuple)):
+        raise ValueError(f"speculative_config={given!r} is not understood: give 'del', or a dict of its fields")
     vllm_config = original(self, *args, **kwargs)
     if isinstance(vllm_config.speculative_config, DelConfig):
         check_supported(vllm_config)
@@ -50,6 +63,7 @@ def _build_del_config(original: Callable, self: EngineArgs, *args: Any, **kwargs
     """
     if not asks_for_del(self.speculative_config, self.spec_method):
         return original(self, *args, **kwargs)
+    _watch_workers()
     if self.spec_model is not None:
         raise ValueError(f"--spec-model {self.spec_model!r}: method 'del' drafts with the served model; leave it out")
     given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
@@ -61,13 +75,16 @@ def _build_del_config(original: Callable, self: EngineArgs, *args: Any, **kwargs
             raise ValueError(f"{flag} and --speculative-config['{key}'] are mutually exclusive: give one")
         if value is not None:
             given[key] = value
+    for name in ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"):
+        if given.get(name) is not None:
+            raise ValueError(f"{name}={given[name]!r}: method 'del' takes it from the served model; leave it out")
     engine_gives = inspect.signature(original).bind(self, *args, **kwargs).arguments
     given["target_model_config"] = engine_gives["target_model_config"]
     given["target_parallel_config"] = engine_gives["target_parallel_config"]
     return DelConfig(**given)
 
 
-def _install_the_drafter(original: Callable, self: WorkerWrapperBase, *args: Any, **kwargs: Any) -> None:
+def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: Any, **kwargs: Any) -> None:
     """[registry] The worker's model runner gets our drafter when, and only when, its config is a DelConfig.
 
     Why here: it is the last call before a runner is built, in every kind of worker process, and the first
@@ -88,6 +105,22 @@ def _install_the_drafter(original: Callable, self: WorkerWrapperBase, *args: Any
             wrap(sampler_v1, "apply_sampling_constraints", _allow_no_drafts)
             wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
     original(self, *args, **kwargs)
+    if isinstance(config.speculative_config, DelConfig):
+        # vLLM compares method names here too. Of which layers, `DelConfig` says in vLLM's own way.
+        self.worker.model_runner.use_aux_hidden_state_outputs = config.speculative_config.is_dynamic
+        wrap(type(self.worker), "compile_or_warm_up_model", _prepare_to_serve)
+
+
+def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
+    """[registry] The drafter is told when the model, its KV cache and its graphs are ready.
+
+    Why: what a round costs can only be measured then, and no drafter of vLLM's needs to know it.
+    """
+    result = original(self, *args, **kwargs)
+    if isinstance(self.vllm_config.speculative_config, DelConfig):
+        runner = self.model_runner
+        (runner.speculator if self.vllm_config.use_v2_model_runner else runner.drafter).prepare_to_serve()
+    return result
 
 
 def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
@@ -96,8 +129,10 @@ def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **
         return original(vllm_config, *args, **kwargs)
     from vllm_del.engine.speculator import DelSpeculator
 
-    device = inspect.signature(original).bind(vllm_config, *args, **kwargs).arguments["device"]
-    return DelSpeculator(vllm_config, device)
+    given = inspect.signature(original).bind(vllm_config, *args, **kwargs).arguments
+    speculator = DelSpeculator(vllm_config, given["device"])
+    speculator.req_states = given["req_states"]
+    return speculator
 
 
 def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> Any:

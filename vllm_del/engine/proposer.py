@@ -15,14 +15,19 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 
 from vllm_del.config import DelConfig
+from vllm_del.draft.decide import DynamicPolicy, Verified
 from vllm_del.draft.head import ExitHead
-from vllm_del.draft.loop import DraftRows, draft
+from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
-from vllm_del.engine.compiled import compiled_exit
+from vllm_del.draft.shadow import PROMPT_POSITIONS
+from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
+from vllm_del.engine.setup import check_target, make_policy
+from vllm_del.engine.slots import Slots
 
 
 class DelProposer(DraftModelProposer):
@@ -31,6 +36,11 @@ class DelProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
+        # Under data parallelism the ranks' forward passes go in step, so none may do fewer of them.
+        self.alone = vllm_config.parallel_config.data_parallel_size == 1
+        # Room for preempted requests beside those of the batch.
+        self.slots_of = Slots(4 * self.max_batch_size, device)
+        self.num_drafts: list[int] | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's early layers as the draft network. Loads nothing.
@@ -39,11 +49,11 @@ class DelProposer(DraftModelProposer):
         """
         config = self.speculative_config
         assert isinstance(config, DelConfig)
+        check_target(config, target_model)
         self.model = EarlyExitNetwork.from_target(target_model)
-        self.depth = config.exit_layer
-        self.exit = compiled_exit(self.vllm_config, self.model, self.depth)
+        self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
         self.head = ExitHead(target_model)
-        self._draft_attn_layer_names = early_attention_layers(self.model, self.depth)
+        self._draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
         # The runner stops drafting for the whole batch when one sequence nears the drafter's longest length.
         # Our rows stop one by one (advance_rows), so this bound must not bite.
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens
@@ -64,6 +74,30 @@ class DelProposer(DraftModelProposer):
         self.live = torch.zeros(num_rows, dtype=torch.bool, device=self.device)
         self.query_start_loc_cpu = torch.arange(num_rows + 1, dtype=torch.int32)
 
+    def prepare_to_serve(self) -> None:
+        """Called when all else is ready: measures what the policy goes by."""
+        self.policy = make_policy(
+            self.vllm_config,
+            self.model,
+            self.segments,
+            self.head,
+            self.kv_cache_config,
+            [table.get_device_tensor(1).shape[1] for table in self.runner.input_batch.block_table.block_tables],
+            self.slots_of.number,
+            self.device,
+        )
+
+    def prepare_inputs_padded(
+        self,
+        common_attn_metadata: CommonAttentionMetadata,
+        spec_decode_metadata: SpecDecodeMetadata,
+        # [batch_size]
+        valid_sampled_tokens_count: torch.Tensor,
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor, torch.Tensor]:
+        """Called before `propose` in a step that verified drafts; keeps how many there were of each row."""
+        self.num_drafts = spec_decode_metadata.num_draft_tokens
+        return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
+
     def propose(
         self,
         num_speculative_tokens: int,
@@ -71,7 +105,7 @@ class DelProposer(DraftModelProposer):
         target_token_ids: torch.Tensor,
         # [num_tokens]
         target_positions: torch.Tensor,
-        # [num_tokens, hidden_size]
+        # [num_tokens, hidden_size], or the auxiliary hidden states side by side
         target_hidden_states: torch.Tensor,
         # [batch_size] int32
         next_token_ids: torch.Tensor,
@@ -81,32 +115,89 @@ class DelProposer(DraftModelProposer):
         # [batch_size] int32
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         **__: Any,
-    ) -> torch.Tensor:
-        """Draft tokens [batch_size, num_speculative_tokens] int64."""
+    ) -> list[list[int]]:
+        """Draft tokens of each row, as many as it drafted."""
         num_rows = next_token_ids.shape[0]
+        drafted, self.num_drafts = self.num_drafts, None
         unfinished = self.runner.discard_request_mask.gpu[:num_rows]
-        if self.vllm_config.parallel_config.data_parallel_size == 1 and unfinished.all():
-            return next_token_ids.new_zeros(num_rows, num_speculative_tokens, dtype=torch.int64)
-        _, num_padded, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_rows)
+        if self.alone and unfinished.all():
+            return [[] for _ in range(num_rows)]
+        rejected = num_rejected_tokens_gpu
+        if rejected is None:
+            rejected = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        sampled = ~unfinished
+        slots = self.slots_of.of(self.runner.input_batch.req_ids)
+        if isinstance(self.policy, DynamicPolicy):
+            ends = common_attn_metadata.query_start_loc_cpu[1:]
+            verified = self._verified(
+                ends, drafted, rejected, sampled, target_token_ids, target_hidden_states, next_token_ids
+            )
+            self.policy.forget(slots[verified.fresh])
+            self.policy.observe(slots, verified)
+        plan = self.policy.plan(slots, num_speculative_tokens * sampled)
+
+        num_padded, across_dp = num_rows, None
+        if not self.alone:
+            _, num_padded, across_dp = self._determine_batch_execution_and_padding(num_rows)
+            plan = plan.padded(num_padded, len(self.segments) - 1, num_speculative_tokens)
         rows = self._rows(num_padded)
-        rows.input_ids[:num_rows].copy_(next_token_ids)
-        # seq_lens counts what the verification computed; the next token goes to the position after what it kept.
-        rows.positions.fill_(-1)
-        rows.positions[:num_rows].add_(common_attn_metadata.seq_lens[:num_rows])
-        if num_rejected_tokens_gpu is not None:
-            rows.positions[:num_rows].sub_(num_rejected_tokens_gpu)
         # A row whose prompt is unfinished has sampled nothing that counts.
-        rows.live.zero_()
-        torch.logical_not(unfinished, out=rows.live[:num_rows])
-        draft_tokens = torch.empty(num_padded, num_speculative_tokens, dtype=torch.int64, device=self.device)
+        rows.begin(next_token_ids, common_attn_metadata.seq_lens[:num_rows], rejected, sampled)
+        drafts = Drafts(
+            tokens=torch.empty(num_padded, num_speculative_tokens, dtype=torch.int64, device=self.device),
+            confidence=torch.zeros(num_padded, num_speculative_tokens, device=self.device),
+        )
         # Not our own copy: vLLM may have fitted the length to the memory since (--max-model-len auto).
         max_model_len = self.vllm_config.model_config.max_model_len
         max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
+        attention = self.attention(max_seq_len, across_dp)
+        draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
+        if isinstance(self.policy, DynamicPolicy):
+            self.policy.record(slots, plan, drafts)
+        return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
 
-        slot_mapping = build_slot_mappings_by_layer(self.slots[:, :num_padded], self.kv_cache_config)
+    def _verified(
+        self,
+        # [rows] int32: where each row's tokens end
+        ends: torch.Tensor,
+        num_drafts: list[int] | None,
+        # [rows] int32, [rows] bool
+        rejected: torch.Tensor,
+        sampled: torch.Tensor,
+        # [tokens], [tokens, states * hidden size], [rows]
+        input_ids: torch.Tensor,
+        states: torch.Tensor,
+        next_token: torch.Tensor,
+    ) -> Verified:
+        num_rows = len(sampled)
+        drafted = torch.tensor(num_drafts) if num_drafts else torch.zeros_like(ends)
+        start = ends - 1 - drafted
+        batch = self.runner.input_batch
+        prompt_len = batch.num_prompt_tokens[:num_rows]
+        ended = sampled.numpy() & (batch.num_computed_tokens_cpu[:num_rows] < prompt_len)
+        room = torch.diff(ends, prepend=ends.new_zeros(1)) - 1 - drafted
+        return Verified(
+            states=states.split(self.hidden_size, dim=-1),
+            input_ids=input_ids,
+            start=start,
+            drafted=drafted,
+            accepted=drafted - rejected,
+            next_token=next_token,
+            sampled=sampled,
+            longest=max(num_drafts, default=0) if num_drafts else 0,
+            num_tokens=int(ends[-1]),
+            ended=[(int(row), min(PROMPT_POSITIONS, int(room[row]))) for row in ended.nonzero()[0]],
+            # A request that was preempted begins again with what it had generated.
+            fresh=(ended & (batch.num_tokens_no_spec[:num_rows] == prompt_len)).nonzero()[0].tolist(),
+        )
+
+    def attention(self, max_seq_len: int, num_tokens_across_dp: torch.Tensor | None = None) -> AttentionContext:
+        """The forward context of draft steps, for contexts of up to `max_seq_len`."""
 
         @contextmanager
-        def attention(step: int) -> Iterator[None]:
+        def attention(_step: int, rows: DraftRows) -> Iterator[None]:
+            num_rows = rows.live.shape[0]
+            slots = torch.stack(list(rows.slots))
             metadata = build_attn_metadata(
                 attn_groups=self.attn_groups,
                 num_reqs=num_rows,
@@ -116,22 +207,21 @@ class DelProposer(DraftModelProposer):
                 max_query_len=1,
                 seq_lens=rows.seq_lens,
                 max_seq_len=max_seq_len,
-                block_tables=[table[:num_rows] for table in rows.block_tables],
-                slot_mappings=self.slots[:, :num_rows],
+                block_tables=rows.block_tables,
+                slot_mappings=slots,
                 kv_cache_config=self.kv_cache_config,
                 seq_lens_cpu_upper_bound=rows.seq_lens,
             )
             with set_forward_context(
                 metadata,
                 self.vllm_config,
-                num_tokens=num_padded,
+                num_tokens=num_rows,
                 num_tokens_across_dp=num_tokens_across_dp,
-                slot_mapping=slot_mapping,
+                slot_mapping=build_slot_mappings_by_layer(slots, self.kv_cache_config),
             ):
                 yield
 
-        draft(self.exit, self.head, rows, attention, max_model_len, draft_tokens)
-        return draft_tokens[:num_rows]
+        return attention
 
     def _rows(self, num_rows: int) -> DraftRows:
         tables = self.runner.input_batch.block_table.block_tables
@@ -147,10 +237,9 @@ class DelProposer(DraftModelProposer):
 
     def dummy_run(self, num_tokens: int, *_: Any, **__: Any) -> None:
         """Keep step with data-parallel ranks that draft for real; alone, one step compiles and warms up."""
-        alone = self.vllm_config.parallel_config.data_parallel_size == 1
         _, num_padded, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
-        for _step in range(1 if alone else self.num_speculative_tokens):
+        for _step in range(1 if self.alone else self.num_speculative_tokens):
             with set_forward_context(
                 None, self.vllm_config, num_tokens=num_padded, num_tokens_across_dp=num_tokens_across_dp
             ):
-                self.exit(self.input_ids[:num_padded], self.positions[:num_padded])
+                run_segments(self.segments, self.input_ids[:num_padded], self.positions[:num_padded])

@@ -18,36 +18,46 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_del.config import DelConfig
+from vllm_del.draft.decide import DynamicPolicy, Verified
 from vllm_del.draft.head import ExitHead
-from vllm_del.draft.loop import DraftRows, draft
+from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
 from vllm_del.draft.network import EarlyExitNetwork
-from vllm_del.engine.compiled import compiled_exit
+from vllm_del.draft.shadow import PROMPT_POSITIONS
+from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
+from vllm_del.engine.setup import check_target, make_policy
+from vllm_del.engine.slots import Slots
 
 
 class DelSpeculator(DraftModelSpeculator):
     """Drafts for the V2 runner. Everything that varies from step to step lives on the device."""
 
+    req_states: RequestState
+    """The runner's, set where it makes its speculator."""
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        config = vllm_config.speculative_config
-        assert isinstance(config, DelConfig)
-        self.depth = config.exit_layer
         self.live = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)
         # These buffers are the drafter's own, and a draft step has one query token a row: set once.
         torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
+        # Room for preempted requests beside those of the batch.
+        self.slots_of = Slots(4 * self.max_num_reqs, device)
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's early layers as the draft network. Loads nothing, and marks no layer as a draft's.
 
         Raises `ValueError` if the target's forward is not of the form the network runs.
         """
+        config = self.speculative_config
+        assert isinstance(config, DelConfig)
+        check_target(config, target_model)
         self.model = self.load_draft_model(target_model, set())
-        self.exit = compiled_exit(self.vllm_config, self.model, self.depth)
+        self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
         self.head = ExitHead(target_model)
-        self.draft_attn_layer_names = early_attention_layers(self.model, self.depth)
+        self.draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
         log_plan(self.vllm_config, self.model, "V2")
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> EarlyExitNetwork:
@@ -58,6 +68,19 @@ class DelSpeculator(DraftModelSpeculator):
 
     def capture(self) -> None:
         """Draft steps are not captured: there is no graph to capture yet."""
+
+    def prepare_to_serve(self) -> None:
+        """Called when all else is ready: measures what the policy goes by."""
+        self.policy = make_policy(
+            self.vllm_config,
+            self.model,
+            self.segments,
+            self.head,
+            self.kv_cache_config,
+            [table.shape[1] for table in self.block_tables.input_block_tables],
+            self.slots_of.number,
+            self.device,
+        )
 
     @torch.inference_mode()
     def propose(
@@ -92,14 +115,23 @@ class DelSpeculator(DraftModelSpeculator):
             num_tokens_across_dp = sync.num_tokens_across_dp
 
         rows = self._rows(num_padded)
-        rows.input_ids[:num_rows].copy_(last_sampled[input_batch.idx_mapping].view(-1))
-        # seq_lens counts what the verification computed; the next token goes to the position after what it kept.
-        rows.positions.fill_(-1)
-        rows.positions[:num_rows].add_(input_batch.seq_lens[:num_rows]).sub_(num_rejected)
         # A row whose prompt is unfinished has sampled nothing; a dummy batch owns no blocks.
-        rows.live.zero_()
-        if not dummy_run:
-            torch.gt(num_sampled, 0, out=rows.live[:num_rows])
+        sampled = torch.zeros_like(num_sampled, dtype=torch.bool) if dummy_run else num_sampled > 0
+        next_tokens = last_sampled[input_batch.idx_mapping].view(-1)
+        rows.begin(next_tokens, input_batch.seq_lens[:num_rows], num_rejected, sampled)
+        deepest = len(self.segments) - 1
+        if dummy_run:
+            # As much as any round may run: memory is profiled and code compiled with it.
+            plan = Plan.uniform(num_padded, deepest, num_steps, self.device)
+        else:
+            slots = self.slots_of.of(input_batch.req_ids)
+            if isinstance(self.policy, DynamicPolicy):
+                verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
+                self.policy.forget(slots[verified.fresh])
+                self.policy.observe(slots, verified)
+            plan = self.policy.plan(slots, num_steps * sampled)
+            if dp_sync_state is not None:
+                plan = plan.padded(num_padded, deepest, num_steps)
 
         batch_desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_padded, num_reqs=num_rows)
         seq_lens_bound = input_batch.seq_lens_cpu_upper_bound
@@ -114,7 +146,7 @@ class DelSpeculator(DraftModelSpeculator):
             )
 
         @contextmanager
-        def attention(step: int) -> Iterator[None]:
+        def attention(step: int, _rows: DraftRows) -> Iterator[None]:
             metadata = None
             if not skip_attention:
                 # vLLM counts the tokens that a draft has beyond the verified ones; our first step has one.
@@ -129,9 +161,48 @@ class DelSpeculator(DraftModelSpeculator):
             ):
                 yield
 
-        drafts = self.draft_tokens[:num_padded, :num_steps]
-        draft(self.exit, self.head, rows, attention, max_model_len, drafts)
-        return self.draft_tokens[:num_rows]
+        drafts = Drafts(self.draft_tokens[:num_padded], self.draft_token_confidence_probs[:num_padded])
+        draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
+        if not dummy_run and isinstance(self.policy, DynamicPolicy):
+            self.policy.record(slots, plan, drafts)
+        # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
+        return self.draft_tokens[:num_rows].clamp_min_(0)
+
+    def _verified(
+        self,
+        batch: InputBatch,
+        states: list[torch.Tensor] | None,
+        # [num_reqs], [num_reqs]
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        rows: DraftRows,
+        # [num_reqs] bool
+        sampled: torch.Tensor,
+    ) -> Verified:
+        num_rows = batch.num_reqs
+        # num_rejected counts a row's drafts that were not kept, and num_sampled those that were and one more.
+        accepted = (num_sampled - 1).clamp_min(0)
+        drafted = torch.where(sampled, accepted + num_rejected, 0)
+        ended = (batch.num_computed_prefill_tokens_np < batch.prefill_len_np) & (
+            batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+        )
+        # Of one token more than its prompt or longer is what a preempted request begins again with.
+        whole_prompt = self.req_states.prompt_len.np[batch.idx_mapping_np[:num_rows]] == batch.prefill_len_np
+        return Verified(
+            states=states or [],
+            input_ids=batch.input_ids,
+            start=batch.query_start_loc[1 : num_rows + 1].long() - 1 - drafted,
+            drafted=drafted,
+            accepted=accepted,
+            next_token=rows.input_ids[:num_rows],
+            sampled=sampled,
+            longest=self.num_speculative_steps if batch.num_draft_tokens else 0,
+            num_tokens=batch.num_tokens,
+            ended=[
+                (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1)) for row in ended.nonzero()[0]
+            ],
+            fresh=(ended & whole_prompt).nonzero()[0].tolist(),
+        )
 
     def _rows(self, num_rows: int) -> DraftRows:
         # Memory profiling drafts before there is a KV cache.

@@ -50,6 +50,11 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
     if vllm_config.kv_transfer_config is not None:
         connector = vllm_config.kv_transfer_config.kv_connector
         yield f"kv_transfer_config with kv_connector={connector!r}: 'del' does not draft across one; leave it out"
+    offload = vllm_config.offload_config
+    if offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0:
+        # The next layers' weights come in turn: a draft that leaves early would have others in their place.
+        group = offload.prefetch.offload_group_size
+        yield f"offload_group_size={group}: layers are fetched in turn, and a draft skips some; use cpu_offload_gb"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill=True: set it to False"
     if vllm_config.device_config.device_type != "cpu" and not vllm_config.use_v2_model_runner:

@@ -1,6 +1,6 @@
 """Acceptance statistics: how often each exit's token is the one the target takes, by sequence (arXiv 2504.05598).
 
-After a verification the exits are read out at the positions it kept, and each one's most probable token, the shadow
+After a verification exits are read out at the positions it kept, and each one's most probable token, the shadow
 token, is compared with the target's. A match counts for the exit, a mismatch against it; old counts fade.
 
 Rows live in slots, as vLLM's persistent batch does. All of it stays on the model's device, and nothing waits for it.
@@ -10,6 +10,9 @@ import torch
 
 DECAY = 0.95
 """omega of the paper: what is left of a count after a round. The memory is some 20 rounds."""
+
+PRIOR_COUNT = 4.0
+"""How many observations the mean over all sequences is worth where a sequence has its own."""
 
 
 class AcceptanceStatistics:
@@ -23,6 +26,8 @@ class AcceptanceStatistics:
         # [slots, exits, 2]: of matches, of mismatches
         self._counts = torch.zeros(num_slots, num_exits, 2, dtype=torch.float64, device=device)
         self._confidence = torch.zeros_like(self._counts)
+        # [exits, 2]: of all sequences together. Even odds until something has been seen.
+        self._pool = torch.full((num_exits, 2), 0.5, dtype=torch.float64, device=device)
 
     def reset(
         self,
@@ -47,13 +52,18 @@ class AcceptanceStatistics:
         """Add a round, and let those before it fade.
 
         Positions past a sequence's first rejected draft do not count (`kept_positions`): they follow a text that the
-        target did not take. A row of which nothing was scored fades as well.
+        target did not take. An exit of which nothing was scored keeps what it has: where not every exit is scored in
+        every round, a fading that went by rounds would leave the rarely scored ones without a memory.
         """
         outcome = torch.stack((scored & matched, scored & ~matched), dim=-1)
         # Selected, not multiplied: what was not scored may hold anything, NaN included.
         sums = torch.where(outcome, confidence.unsqueeze(-1), 0).sum(1, dtype=self._counts.dtype)
-        self._counts[slots] = self._counts[slots] * self.decay + outcome.sum(1)
-        self._confidence[slots] = self._confidence[slots] * self.decay + sums
+        counts = outcome.sum(1)
+        kept = self.decay ** scored.any(1).to(self._counts.dtype).unsqueeze(-1)
+        self._counts[slots] = self._counts[slots] * kept + counts
+        self._confidence[slots] = self._confidence[slots] * kept + sums
+        # As many rounds of memory for all sequences together as for each one.
+        self._pool.mul_(self.decay ** scored.any(1).any(0).unsqueeze(-1).to(self._pool.dtype)).add_(counts.sum(0))
 
     def acceptance(
         self,
@@ -63,6 +73,23 @@ class AcceptanceStatistics:
         """The estimated acceptance rate of each exit, [rows, exits] float64; NaN where nothing was scored."""
         counts = self._counts[slots]
         return counts[..., 0] / counts.sum(-1)
+
+    def estimate(
+        self,
+        # [rows] int64
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """The acceptance rate of each exit as the server knows it, [rows, exits] float64: never NaN.
+
+        A sequence's own counts and, as if it had seen `PRIOR_COUNT` more, the mean over all sequences. Then as exits
+        go: a deeper one agrees with the target no less, and what says otherwise is noise, which is halved.
+        """
+        counts = self._counts[slots]
+        prior = self._pool[:, 0] / self._pool.sum(-1)
+        rate = (counts[..., 0] + PRIOR_COUNT * prior) / (counts.sum(-1) + PRIOR_COUNT)
+        at_least = rate.cummax(-1).values
+        at_most = rate.flip(-1).cummin(-1).values.flip(-1)
+        return (at_least + at_most) / 2
 
     def stop_below(
         self,

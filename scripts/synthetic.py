@@ -1,0 +1,199 @@
+"""Makes synthetic checkpoints: any Llama shape with random weights, whose early exits agree with the last layer at
+a chosen rate. Their costs are real; their acceptance is calibrated, and says nothing about trained models.
+
+    python scripts/synthetic.py --shape 1b --out FOLDER --easy 0.92 --hard 0.0 --exit 3
+
+A token's embedding already points at the token that follows it, so the first layers would do. What later layers add
+is random and changes the most probable token now and then: the more often, the smaller the embedding is beside it. So
+one number, the size of its embeddings, decides how often for each class of tokens. Sequences stay in the class of
+their prompt, except those of the two turning classes, of which some tokens lead into the other one.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = 4
+"""The first tokens are `<s>`, `</s>`, `<pad>` and `<unk>`."""
+CLASSES = ("easy", "hard", "turning easy", "turning hard")
+TURN_EVERY = 64
+"""One in so many tokens of a turning class is followed by one of the other turning class."""
+CALIBRATION_TOKENS = 512
+CALIBRATION_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama shape."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+
+
+SHAPES = {
+    "1b": Shape(16, 2048, 8192, 32, 8, 32_000),
+    "tiny": Shape(8, 512, 1024, 8, 2, 1_000),
+}
+
+
+def tokens_of(vocab_size: int, name: str) -> range:
+    """The tokens of a class: a quarter of the vocabulary."""
+    quarter = (vocab_size - SPECIAL) // len(CLASSES)
+    begin = SPECIAL + CLASSES.index(name) * quarter
+    return range(begin, begin + quarter)
+
+
+class Synthetic:
+    """A model under construction: its embeddings can be given other sizes, the rest is drawn once."""
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self.shape = shape
+        self.random = torch.Generator().manual_seed(seed)
+        config = LlamaConfig(
+            **asdict(shape),
+            max_position_embeddings=8192,
+            rope_theta=500_000.0,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+        with torch.device("meta"):
+            self.model = LlamaForCausalLM(config)
+        self.model = self.model.to(torch.bfloat16).to_empty(device="cpu").eval()
+        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
+        self._draw_layers()
+        hidden = shape.hidden_size
+        # [vocabulary, hidden size]: where a token points, which the head looks for, and what else it is made of
+        self.directions = torch.randn(shape.vocab_size, hidden, generator=self.random)
+        self.identities = torch.randn(shape.vocab_size, hidden, generator=self.random)
+        self.classes = torch.randn(len(CLASSES), hidden, generator=self.random)
+        self._draw_head()
+
+    def _draw_layers(self) -> None:
+        for name, weight in self.model.named_parameters():
+            if weight.dim() == 1:
+                weight.data.fill_(1.0)
+            elif "embed" not in name and "lm_head" not in name:
+                drawn = torch.randn(weight.shape, generator=self.random)
+                # The first layers add more than the last ones. Attention averages over the context: what it adds
+                # is nearly the same for every token, and would make all of them one.
+                layer = int(name.split(".")[2])
+                gain = 2.0 * 0.85**layer if "down_proj" in name else 0.2 if "o_proj" in name else 1.0
+                weight.data.copy_(drawn * gain / weight.shape[1] ** 0.5)
+
+    def _draw_head(self) -> None:
+        """The head's row of a token is the direction of the token before it, and that of its own class."""
+        shape, head = self.shape, torch.randn(self.shape.vocab_size, self.shape.hidden_size, generator=self.random)
+        # The class a token's successor is in.
+        self.leads_to = torch.zeros(shape.vocab_size, dtype=torch.int64)
+        for index, name in enumerate(CLASSES):
+            tokens = torch.tensor(tokens_of(shape.vocab_size, name))
+            order = tokens[torch.randperm(len(tokens), generator=self.random)]
+            head[order.roll(-1)] = self.directions[order] + 2.0 * self.classes[index]
+            self.leads_to[tokens] = index
+            if name.startswith("turning"):
+                self.leads_to[tokens[::TURN_EVERY]] = (
+                    CLASSES.index("turning easy") + CLASSES.index("turning hard") - index
+                )
+        head[:SPECIAL] = -head[SPECIAL:].mean(0)
+        self.model.lm_head.weight.data.copy_(head * (3.0 / shape.hidden_size**0.5))
+
+    def embed(self, sizes: torch.Tensor) -> None:
+        """Give each token's embedding its size, [vocabulary]."""
+        embedding = sizes.unsqueeze(1) * self.directions + 1.0 * self.identities + 0.25 * self.classes[self.leads_to]
+        self.model.model.embed_tokens.weight.data.copy_(embedding)
+
+    @torch.inference_mode()
+    def agreement(self, tokens: torch.Tensor, exit: int) -> torch.Tensor:
+        """Where the exit's most probable token is the last layer's, [tokens] bool."""
+        output = self.model.model(tokens.unsqueeze(0), output_hidden_states=True, use_cache=False)
+        early = self.model.lm_head(self.model.model.norm(output.hidden_states[exit][0])).argmax(-1)
+        return early == self.model.lm_head(output.last_hidden_state[0]).argmax(-1)
+
+
+def calibrate(synthetic: Synthetic, name: str, rate: float, exit: int) -> float:
+    """The size of embedding at which the class agrees at this rate; 0 for a class that is to agree by chance only."""
+    if not rate:
+        return 0.0
+    vocab = synthetic.shape.vocab_size
+    seen: list[torch.Tensor] = []
+    for _ in track(range(CALIBRATION_ROUNDS), description=f"calibrating {name!r}"):
+        # All sizes in one text: each token has its own.
+        sizes = 10 ** -(2 * torch.rand(vocab, generator=synthetic.random))
+        synthetic.embed(sizes)
+        tokens = draw(synthetic, name)
+        seen.append(torch.stack((sizes[tokens], synthetic.agreement(tokens, exit).float())))
+    size, agrees = torch.cat(seen, 1)
+    order = size.argsort()
+    size, agrees = size[order], agrees[order]
+    # A running mean over neighbouring sizes, made steady: the larger the embedding, the more agreement.
+    window = len(size) // 10
+    mean = agrees.unfold(0, window, 1).mean(1)
+    steady = (mean.cummax(0).values + mean.flip(0).cummin(0).values.flip(0)) / 2
+    centre = size[window // 2 :][: len(steady)]
+    return float(centre[(steady - rate).abs().argmin()])
+
+
+def draw(synthetic: Synthetic, name: str) -> torch.Tensor:
+    """Random tokens of a class, [CALIBRATION_TOKENS]."""
+    pool = torch.tensor(tokens_of(synthetic.shape.vocab_size, name))
+    return pool[torch.randint(len(pool), (CALIBRATION_TOKENS,), generator=synthetic.random)]
+
+
+def make(shape: Shape, wanted: dict[str, float], exit: int, out: Path, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Write a checkpoint in which `easy` and `hard` tokens agree at the wanted rates; returns the measured ones."""
+    synthetic = Synthetic(shape, seed)
+    size = {name: calibrate(synthetic, name, rate, exit) for name, rate in wanted.items()}
+    sizes = torch.ones(shape.vocab_size)
+    for name in CLASSES:
+        sizes[torch.tensor(tokens_of(shape.vocab_size, name))] = size[name.split()[-1]]
+    synthetic.embed(sizes)
+    measured: dict[str, dict[str, float]] = {}
+    for name in wanted:
+        tokens = draw(synthetic, name)
+        exits = sorted({1, 2, exit, exit + 2, shape.num_hidden_layers // 2, shape.num_hidden_layers - 1})
+        measured[name] = {str(depth): float(synthetic.agreement(tokens, depth).float().mean()) for depth in exits}
+    out.mkdir(parents=True, exist_ok=True)
+    synthetic.model.save_pretrained(out)
+    _tokenizer(shape.vocab_size).save_pretrained(out)
+    about = {"wanted": wanted, "exit": exit, "embedding_sizes": size, "agreement_by_exit": measured, "seed": seed}
+    (out / "synthetic.json").write_text(json.dumps(about, indent=1))
+    return measured
+
+
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One word a token."""
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, "<unk>": 3} | {f"w{i}": i for i in range(SPECIAL, vocab_size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--easy", type=float, default=0.92, help="agreement of easy tokens at --exit")
+    parser.add_argument("--hard", type=float, default=0.0, help="agreement of hard tokens at --exit")
+    parser.add_argument("--exit", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    wanted = {"easy": args.easy, "hard": args.hard}
+    print(json.dumps(make(SHAPES[args.shape], wanted, args.exit, args.out, args.seed), indent=1))
+
+
+if __name__ == "__main__":
+    main()

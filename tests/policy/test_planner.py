@@ -1,0 +1,139 @@
+"""The planner against all plans there are, on small batches."""
+
+import itertools
+import random
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_del.policy.cost import CostTables, MeasuredCosts
+from vllm_del.policy.planner import HYSTERESIS, Planner
+
+DEPTHS = [2, 5]
+LENGTH = 3
+ROWS = 3
+CPU = torch.device("cpu")
+
+
+def costs(
+    layer: float, layer_row: float, head: float, token: float, step: float = 0.1, base: float = 16.0
+) -> CostTables:
+    """Of a model of 16 layers: a base and a part by row, as memory-bound hardware has them."""
+    places = tuple(range(1, 13))
+    return CostTables(
+        MeasuredCosts(
+            rows=places,
+            step=tuple(step for _ in places),
+            layer=tuple(layer + layer_row * n for n in places),
+            head=tuple(head for _ in places),
+            tokens=places,
+            verify=tuple(base + token * n for n in places),
+        ),
+        max_rows=ROWS,
+        max_length=LENGTH,
+        device=CPU,
+    )
+
+
+def settled(planner: Planner, acceptance: torch.Tensor, limit: torch.Tensor):
+    """The plan once the price does not change any more: rounds that are alike."""
+    for _ in range(6):
+        decision = planner.plan(acceptance, limit, torch.tensor(len(limit)))
+    return decision
+
+
+def goodput(tables: CostTables, acceptance: list[list[float]], plan: list[tuple[int, int]]) -> float:
+    """Expected tokens over time, written out; `plan` is (exit, length) by row."""
+    tokens = sum(
+        sum(rates[exit] ** k for k in range(length + 1)) for rates, (exit, length) in zip(acceptance, plan, strict=True)
+    )
+    seconds = float(tables.verify[len(plan) + sum(length for _, length in plan)])
+    for step in range(LENGTH):
+        drafting = [exit for exit, length in plan if length > step]
+        if drafting:
+            depth = max(DEPTHS[exit] for exit in drafting)
+            rows = len(drafting)
+            seconds += float(tables.step[rows] + depth * tables.layer[rows] + tables.head[rows])
+    return tokens / seconds
+
+
+def best_goodput(tables: CostTables, acceptance: list[list[float]], limit: list[int]) -> float:
+    choices = [[(exit, length) for exit in range(len(DEPTHS)) for length in range(most + 1)] for most in limit]
+    return max(goodput(tables, acceptance, list(plan)) for plan in itertools.product(*choices))
+
+
+rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    acceptance=st.lists(rates, min_size=1, max_size=ROWS),
+    layer=st.floats(0.2, 2.0),
+    layer_row=st.floats(0.0, 0.2),
+    head=st.floats(0.0, 4.0),
+    token=st.floats(0.0, 3.0),
+    seed=st.integers(0, 99),
+)
+def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, seed) -> None:
+    """Within what hysteresis leaves, and the planner's one approximation: that every step goes as deep as the first."""
+    tables = costs(layer, layer_row, head, token)
+    rng = random.Random(seed)
+    limit = [rng.choice([0, LENGTH, LENGTH]) for _ in acceptance]
+    decision = settled(Planner(torch.tensor(DEPTHS), tables, LENGTH), torch.tensor(acceptance), torch.tensor(limit))
+    plan = list(zip(decision.exit.tolist(), decision.length.tolist(), strict=True))
+    assert all(length <= most for (_, length), most in zip(plan, limit, strict=True))
+    reached = goodput(tables, acceptance, plan)
+    assert reached == pytest.approx(float(decision.tokens / (decision.draft_time + decision.verify_time)))
+    assert reached >= best_goodput(tables, acceptance, limit) * (1 - HYSTERESIS - 0.02)
+
+
+def test_nothing_is_drafted_where_it_does_not_pay() -> None:
+    tables = costs(layer=1.0, layer_row=0.0, head=2.0, token=0.0)
+    # Pays only above (depth + head + step) / verify, 0.26 and 0.44 here.
+    for rate, drafts in ((0.2, False), (0.8, True)):
+        decision = settled(
+            Planner(torch.tensor(DEPTHS), tables, LENGTH), torch.full((2, 2), rate), torch.full((2,), LENGTH)
+        )
+        assert bool(decision.length.any()) == drafts
+
+
+def test_one_plan_for_easy_and_hard_sequences_side_by_side() -> None:
+    tables = costs(layer=1.0, layer_row=0.05, head=1.0, token=2.0)
+    acceptance = torch.tensor([[0.95, 0.97], [0.05, 0.1]])
+    decision = settled(Planner(torch.tensor(DEPTHS), tables, LENGTH), acceptance, torch.full((2,), LENGTH))
+    assert decision.length.tolist() == [LENGTH, 0]
+
+
+def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
+    """Noise of a percent around the rate at which drafting begins to pay does not switch it on and off."""
+    tables = costs(layer=1.0, layer_row=0.0, head=1.0, token=0.2)
+    planner = Planner(torch.tensor([4]), tables, LENGTH)
+    limit, rows = torch.tensor([LENGTH]), torch.tensor(1)
+
+    def drafts(rate: float) -> bool:
+        return bool(planner.plan(torch.tensor([[rate]]), limit, rows).length.any())
+
+    edge = next(rate / 1000 for rate in range(1000) if drafts(rate / 1000))
+    noise = random.Random(0)
+    seen = [drafts(edge + noise.uniform(-0.01, 0.01)) for _ in range(200)]
+    assert sum(a != b for a, b in itertools.pairwise(seen)) <= 1
+    assert not drafts(edge - 0.1)
+    assert drafts(edge + 0.1)
+
+
+def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
+    """The figure promised for the CPU backend; the median of many, as the machine may be busy."""
+    tables = CostTables(MeasuredCosts((1, 8), (0.1, 0.1), (1.0, 1.5), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU)
+    planner = Planner(torch.tensor([2, 3, 5, 8]), tables, 8)
+    acceptance = torch.rand(8, 4, dtype=torch.float64)
+    limit, rows = torch.full((8,), 8), torch.tensor(8)
+    times = []
+    for _ in range(101):
+        begin = time.perf_counter()
+        planner.plan(acceptance, limit, rows)
+        times.append(time.perf_counter() - begin)
+    print(f"{sorted(times)[50] * 1e3:.3f} ms")
+    assert sorted(times)[50] < 1e-3

@@ -1,0 +1,213 @@
+"""What a round drafts: always the same (`FixedPolicy`), or what was learnt from the rounds before (`DynamicPolicy`).
+
+A round goes `observe`, `plan`, drafting, `record`. Sequences are known by slots: places that a sequence keeps while it
+lives, whatever row of the batch it is in.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
+from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.policy.acceptance import AcceptanceStatistics
+from vllm_del.policy.objective import best_by_tokens_per_layer
+from vllm_del.policy.planner import Planner
+
+
+@dataclass
+class Verified:
+    """What a verification did: tensors on the model's device, by row of the batch."""
+
+    # per candidate exit, and at last for the whole model: [tokens, hidden size], hidden state and residual together
+    states: Sequence[torch.Tensor]
+    # [tokens] int: what was fed
+    input_ids: torch.Tensor
+    # [rows] int64: where in these the row's last known token is; its drafts follow
+    start: torch.Tensor
+    # [rows] int64: the drafts verified, and of these the accepted
+    drafted: torch.Tensor
+    accepted: torch.Tensor
+    # [rows] int: the token that the target chose itself, after the accepted drafts
+    next_token: torch.Tensor
+    # [rows] bool: rows past their prompt; the others sampled nothing that counts
+    sampled: torch.Tensor
+    # the largest of `drafted`, or a bound on it
+    longest: int
+    # of the step, prompts included
+    num_tokens: int
+    # rows that ended their prompt in this step, and how many of its positions before the last one count
+    ended: Sequence[tuple[int, int]]
+    # rows of sequences seen for the first time
+    fresh: Sequence[int]
+
+
+class FixedPolicy:
+    """Every row drafts as much as it may, and leaves at the only exit there is."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+
+    def plan(self, slots: torch.Tensor, limit: torch.Tensor) -> Plan:
+        never = torch.full(limit.shape, torch.nan, device=limit.device)
+        return Plan(torch.zeros_like(limit), limit, never, deepest=0, longest=self.max_length)
+
+
+class DynamicPolicy:
+    """Chooses exit and length by sequence from acceptance, and from measured costs if there is a planner.
+
+    Without one it is the paper's: the exit of the highest tokens per layer, drafts up to the largest length, ended by
+    confidence alone.
+    """
+
+    def __init__(
+        self,
+        # candidate exits, ascending
+        exits: Sequence[int],
+        num_layers: int,
+        max_length: int,
+        num_slots: int,
+        shadow: ShadowScorer,
+        planner: Planner | None,
+        device: torch.device,
+        # whether the host sees the device's values at once, as on a CPU
+        on_host: bool,
+    ) -> None:
+        self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
+        self._shadow = shadow
+        self._planner = planner
+        self._on_host = on_host
+        self._num_layers = num_layers
+        self._max_length = max_length
+        self._depths = torch.tensor(exits, device=device)
+        self._each_exit = torch.arange(len(exits), device=device)
+        # What was drafted last for each slot: [slots], [slots], [slots, max length]
+        self._exit = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._length = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._confidence = torch.zeros(num_slots, max_length, device=device)
+        self._bounds = HostBounds(len(exits) - 1, max_length, device)
+
+    def forget(self, slots: torch.Tensor) -> None:
+        self.statistics.reset(slots)
+        self._length.index_fill_(0, slots, 0)
+
+    def observe(self, slots: torch.Tensor, verified: Verified) -> None:
+        self._shadow.earn(verified.num_tokens)
+        if verified.ended:
+            self._observe_prompts(slots, verified)
+        steps = torch.arange(verified.longest + 1, device=slots.device)
+        accepted = verified.accepted.unsqueeze(1)
+        kept = (steps <= accepted) & verified.sampled.unsqueeze(1)
+        # What the exit that drafted said is known: it was verified. [rows, positions, exits]
+        drafted = torch.minimum(verified.drafted, self._length[slots]).unsqueeze(1)
+        own = (kept & (steps < drafted)).unsqueeze(-1) & (self._exit[slots][:, None, None] == self._each_exit)
+        matched = own & (steps < accepted).unsqueeze(-1)
+        width = min(verified.longest, self._max_length)
+        confidence = torch.zeros(own.shape, device=slots.device)
+        confidence[:, :width] = self._confidence[slots, :width].unsqueeze(-1)
+
+        wanted, scored = kept.unsqueeze(-1) & ~own, own
+        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel())
+        if number:
+            places = self._shadow.choose(wanted, number)
+            row, step, exit = torch.unravel_index(places, wanted.shape)
+            # What is not wanted may lie anywhere.
+            last = verified.input_ids.shape[0] - 1
+            at = (verified.start[row] + step).clamp_max(last)
+            accepted_token = verified.input_ids[(at + 1).clamp_max(last)]
+            target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row])
+            token, probability = self._shadow.score(_at(verified.states, at, exit))
+            # Where fewer are wanted than were chosen, the rest must not touch what was verified.
+            new = wanted.view(-1)[places]
+            matched.view(-1)[places] = torch.where(new, token == target, matched.view(-1)[places])
+            confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
+            scored.view(-1)[places] |= new
+        self.statistics.observe(slots, matched, confidence, scored)
+
+    def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
+        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
+        row = torch.tensor([row for row, positions in verified.ended for _ in range(positions)], device=slots.device)
+        back = torch.tensor([1 + i for _, positions in verified.ended for i in range(positions)], device=slots.device)
+        each = len(self._each_exit) + 1
+        number = self._shadow.affordable(len(row) * each) // each
+        if not number:
+            return
+        chosen = self._shadow.choose(torch.ones_like(row, dtype=torch.bool), number)
+        row, back = row[chosen], back[chosen]
+        at = (verified.start[row] - back).repeat_interleave(each)
+        exit = torch.arange(each, device=slots.device).repeat(number)
+        token, probability = self._shadow.score(_at(verified.states, at, exit))
+        token, probability = token.view(number, each), probability.view(number, each)
+        # [rows, positions, exits]
+        shape = (len(slots), int(back.max()), each - 1)
+        matched = torch.zeros(shape, dtype=torch.bool, device=slots.device)
+        scored, confidence = torch.zeros_like(matched), torch.zeros(shape, device=slots.device)
+        matched[row, back - 1] = token[:, :-1] == token[:, -1:]
+        confidence[row, back - 1] = probability[:, :-1]
+        scored[row, back - 1] = True
+        self.statistics.observe(slots, matched, confidence, scored)
+
+    def plan(self, slots: torch.Tensor, limit: torch.Tensor) -> Plan:
+        if self._planner is None:
+            acceptance = self.statistics.acceptance(slots)
+            exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self._max_length)
+            length = limit
+        else:
+            decision = self._planner.plan(self.statistics.estimate(slots), limit, torch.tensor(len(slots)))
+            exit, length = decision.exit, decision.length
+        stop_below = self.statistics.stop_below(slots).gather(1, exit.unsqueeze(1)).squeeze(1)
+        wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
+        if self._on_host:
+            deepest, longest = wanted.tolist()
+        else:
+            deepest, longest = self._bounds.exchange(wanted)
+            exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
+        return Plan(exit, length, stop_below, deepest, longest)
+
+    def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
+        self._exit[slots] = plan.exit
+        self._length[slots] = (drafts.tokens != NO_TOKEN).sum(1)
+        self._confidence[slots, : drafts.confidence.shape[1]] = drafts.confidence
+
+
+class HostBounds:
+    """How deep and how long plans go, as the host knows without waiting: two rounds late.
+
+    Two, as the host runs up to one round ahead of the device; so what it reads has long arrived, and it is the same
+    value on every rank, which all have to launch as many steps.
+    """
+
+    def __init__(self, deepest: int, longest: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        first = torch.tensor((deepest, longest))
+        self._copies = deque((first.pin_memory() if on_gpu else first.clone() for _ in range(2)), maxlen=2)
+        self._events = deque((torch.cuda.Event() for _ in range(2)), maxlen=2) if on_gpu else None
+
+    def exchange(
+        self,
+        # [2] int64: the deepest exit and the longest draft of this round's plan
+        wanted: torch.Tensor,
+    ) -> list[int]:
+        """Take this round's bounds, and give those of two rounds ago."""
+        if self._events is not None:
+            self._events[0].synchronize()
+            self._events.rotate(-1)
+        oldest = self._copies[0]
+        known = oldest.tolist()
+        oldest.copy_(wanted, non_blocking=True)
+        if self._events is not None:
+            self._events[-1].record()
+        self._copies.rotate(-1)
+        return known
+
+
+def _at(
+    states: Sequence[torch.Tensor],
+    # [pairs] int64, [pairs] int64
+    at: torch.Tensor,
+    exit: torch.Tensor,
+) -> torch.Tensor:
+    """The states at some positions after some exits: [pairs, hidden size]."""
+    return torch.stack([state[at] for state in states])[exit, torch.arange(len(at), device=at.device)]

@@ -1,0 +1,76 @@
+"""Shadow tokens: what each candidate exit would have said where the target has spoken, within a budget.
+
+The verification hands out the hidden states after every candidate exit, so a shadow token costs one row of the LM
+head and nothing else. On a small batch even one row reads the whole head: what the budget does not cover in one round
+is saved up, and spent on many rows at once.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_del.draft.head import ExitHead
+from vllm_del.policy.cost import SHADOW_ROWS, CostTables
+
+PROMPT_POSITIONS = 32
+"""How many of a prompt's last positions tell what to expect of the sequence (the paper's number)."""
+
+BURST = 32
+"""How many rows are worth a pass of the head where not all that are wanted can be paid."""
+
+
+class ShadowScorer:
+    """Scores (position, exit) pairs, chosen at random where the budget does not cover all of them."""
+
+    def __init__(
+        self,
+        read_out: Callable[[torch.Tensor], torch.Tensor],
+        head: ExitHead,
+        # None: everything is scored, whatever it costs
+        costs: CostTables | None,
+        # of a verification's time, the part that may go into scoring
+        share: float,
+        device: torch.device,
+    ) -> None:
+        self._read_out = read_out
+        self._head = head
+        self._costs = costs
+        self._share = share
+        self._saved = 0.0
+        # Of its own: drawing from torch's would change what unseeded requests sample.
+        self._random = torch.Generator(device).manual_seed(0)
+
+    def earn(self, tokens: int) -> None:
+        """A forward over so many tokens has run: its share is there to be spent."""
+        if self._costs is not None:
+            earned = self._share * self._costs.verify_seconds(tokens)
+            self._saved = min(self._saved + earned, self._costs.head_seconds(SHADOW_ROWS))
+
+    def affordable(self, wanted: int) -> int:
+        """How many of `wanted` head rows to score now; 0 if it is better to go on saving."""
+        if self._costs is None:
+            return wanted
+        number = min(wanted, self._costs.head_rows(self._saved))
+        # Not a few rows at the price of the whole weight while more of them cost little more.
+        if number < min(wanted, BURST):
+            return 0
+        self._saved -= self._costs.head_seconds(number)
+        return number
+
+    def score(
+        self,
+        # [pairs, hidden size]: hidden state and residual together
+        states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shadow tokens [pairs] int64, and their probabilities [pairs] float32."""
+        return self._head(self._read_out(states))
+
+    def choose(
+        self,
+        # [...] bool
+        wanted: torch.Tensor,
+        number: int,
+    ) -> torch.Tensor:
+        """`number` flat places of `wanted`, uniformly at random of the true ones; if too few, false ones."""
+        lots = torch.rand(wanted.numel(), device=wanted.device, generator=self._random)
+        return (lots + wanted.flatten()).topk(number, sorted=False).indices

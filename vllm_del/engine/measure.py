@@ -1,0 +1,122 @@
+"""Measures at start what the parts of a round cost on this machine, or reads what an earlier start measured.
+
+The same forward passes as in service, over made-up rows that write no KV. Under tensor parallelism all ranks run them
+together, and all take the first rank's figures, so that they plan alike.
+"""
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+import vllm
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+
+from vllm_del.engine.rehearsal import Rehearsal
+from vllm_del.policy.cost import MeasuredCosts
+
+logger = init_logger(f"vllm.{__name__}")
+
+REPEATS = 3
+LONGEST_SECONDS = 4.0
+"""No larger batch is tried once one table has taken this long; what is larger costs in proportion."""
+
+
+def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
+    """The costs of this model here: saved ones, else measured now and saved."""
+    saved = _path(vllm_config)
+    measured = None
+    if saved.exists():
+        try:
+            measured = MeasuredCosts.from_json(saved.read_text())
+        except (OSError, TypeError, ValueError) as error:
+            logger.warning("del: %s is no table of costs (%s): measuring again", saved, error)
+    # Ranks may see different files: they measure together or not at all.
+    measured = get_tp_group().broadcast_object(measured, src=0)
+    if measured is not None:
+        logger.info_once("del: costs of a round read from %s", saved)
+        return measured
+    begin = time.perf_counter()
+    measured = get_tp_group().broadcast_object(_measure(vllm_config, rehearsal, exits), src=0)
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    partial = saved.with_name(f"{saved.name}.{vllm_config.parallel_config.rank}.tmp")
+    partial.write_text(measured.to_json())
+    partial.replace(saved)
+    logger.info_once("del: costs of a round measured in %.1f s: %s", time.perf_counter() - begin, saved)
+    return measured
+
+
+def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
+    config = vllm_config.scheduler_config
+    rows, steps = _table(config.max_num_seqs, lambda n: _draft_seconds(rehearsal, n, exits))
+    length = vllm_config.num_speculative_tokens
+    most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
+    tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n)))
+    step, layer, head = zip(*steps, strict=True)
+    return MeasuredCosts(tuple(rows), step, layer, head, tuple(tokens), tuple(verify))
+
+
+def _draft_seconds(rehearsal: Rehearsal, rows: int, exits: list[int]) -> tuple[float, float, float]:
+    """Of a draft step with so many rows: the fixed part, one layer, the head."""
+    shallow = _seconds(lambda: rehearsal.draft_step(rows, 1))
+    if len(exits) == 1:
+        layer = shallow / exits[0]
+    else:
+        layer = (_seconds(lambda: rehearsal.draft_step(rows, len(exits))) - shallow) / (exits[-1] - exits[0])
+    layer = max(0.0, min(layer, shallow / exits[0]))
+    return shallow - exits[0] * layer, layer, _seconds(lambda: rehearsal.head(rows))
+
+
+def _table(most: int, seconds: Callable) -> tuple[list[int], list]:
+    """`seconds(n)` at growing n up to `most`, as far as the time for it goes."""
+    places, values = [], []
+    begin = time.perf_counter()
+    for place in _places(most):
+        places.append(place)
+        values.append(seconds(place))
+        if get_tp_group().broadcast_object(time.perf_counter() - begin, src=0) > LONGEST_SECONDS:
+            break
+    return places, values
+
+
+def _places(most: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`."""
+    place = 1
+    while place < most:
+        yield place
+        if place >= 2 and place + place // 2 < most:
+            yield place + place // 2
+        place *= 2
+    yield most
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    """The median time of `run`, after a first time that does not count."""
+    times = []
+    for _ in range(1 + REPEATS):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return median(times[1:])
+
+
+def _path(vllm_config: VllmConfig) -> Path:
+    """Where the costs are saved: another model, dtype, setting, machine or version has another file."""
+    parts = (
+        vllm_config.compute_hash(),
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm.__version__,
+        version("vllm-del"),
+        platform.node(),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else torch.get_num_threads(),
+    )
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return Path(envs.VLLM_CACHE_ROOT) / "vllm_del" / f"costs-{name}.json"

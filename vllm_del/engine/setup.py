@@ -1,0 +1,58 @@
+"""What both runners build from the configuration and the loaded target."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_del.config import DelConfig
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
+from vllm_del.draft.head import ExitHead
+from vllm_del.draft.network import EarlyExitNetwork, Layers
+from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.engine.layers import early_attention_layers
+from vllm_del.engine.measure import costs_of
+from vllm_del.engine.rehearsal import Rehearsal
+from vllm_del.policy.cost import CostTables
+from vllm_del.policy.planner import Planner
+
+
+def check_target(config: DelConfig, target: nn.Module) -> None:
+    """Raise `ValueError` if `target` does not hand out what the policy needs."""
+    if config.is_dynamic and not supports_eagle3(target):
+        raise ValueError(
+            f"{type(target).__name__} does not hand out hidden states of early layers (vLLM's SupportsEagle3), by "
+            "which del_policy='dynamic' learns: set del_policy='fixed', and measure whether it pays"
+        )
+
+
+def make_policy(
+    vllm_config: VllmConfig,
+    network: EarlyExitNetwork,
+    segments: Sequence[Callable[..., Layers]],
+    head: ExitHead,
+    kv_cache_config: KVCacheConfig,
+    # blocks in a row of each KV cache group's block table
+    table_widths: Sequence[int],
+    num_slots: int,
+    device: torch.device,
+) -> FixedPolicy | DynamicPolicy:
+    """The policy that is asked for, when all else is ready to serve: it may have to measure what a round costs."""
+    config = vllm_config.speculative_config
+    assert isinstance(config, DelConfig)
+    length = config.num_speculative_tokens
+    if not config.is_dynamic:
+        return FixedPolicy(length)
+    planner, costs = None, None
+    if config.del_objective == "goodput":
+        draft_layers = early_attention_layers(network, config.exits[-1])
+        rehearsal = Rehearsal(vllm_config, network, segments, head, draft_layers, kv_cache_config, table_widths, device)
+        measured = costs_of(vllm_config, rehearsal, config.exits)
+        costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
+        planner = Planner(torch.tensor(config.exits, device=device), costs, length)
+    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
+    on_host = not vllm_config.use_v2_model_runner
+    return DynamicPolicy(config.exits, network.num_layers, length, num_slots, shadow, planner, device, on_host)

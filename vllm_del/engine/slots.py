@@ -1,0 +1,31 @@
+"""Places for what is remembered of each request: kept while the request lives, preempted or in any row of the batch."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+
+class Slots:
+    """Slot numbers by request id. The one not used for longest is given away when all are taken."""
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        self.number = number
+        self._device = device
+        self._free = list(range(number))
+        self._slots: OrderedDict[str, int] = OrderedDict()
+        self._last: tuple[list[str], torch.Tensor] = ([], torch.empty(0, dtype=torch.int64, device=device))
+
+    def of(self, request_ids: Sequence[str]) -> torch.Tensor:
+        """The slots of these requests, [rows] int64. There are never more of them than slots."""
+        if self._last[0] != request_ids:
+            for request_id in request_ids:
+                self._take(request_id)
+            slots = [self._slots[request_id] for request_id in request_ids]
+            self._last = list(request_ids), torch.tensor(slots, device=self._device)
+        return self._last[1]
+
+    def _take(self, request_id: str) -> None:
+        if request_id not in self._slots:
+            self._slots[request_id] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
+        self._slots.move_to_end(request_id)

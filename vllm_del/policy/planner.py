@@ -1,0 +1,121 @@
+"""The planner: exit layer and draft length of every sequence, for the highest goodput of the batch.
+
+Goodput is the expected tokens of a round over its time (design of SmartSpec, arXiv 2406.14066, here with an exit of
+each sequence's own). A ratio of two sums, so a fractional programme: for a price of time `r`, the plan with the
+largest `tokens - r * time` is found; the goodput of that plan is the next price, until the price does not change
+(Dinkelbach, 1967). One step of that is made a round, as rounds are alike. What makes it separable by row: what a step
+costs however many rows are in it is paid by the batch's deepest exit and longest draft; for each choice of these two,
+each row takes what is best within them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_del.policy.cost import CostTables
+from vllm_del.policy.objective import expected_tokens
+
+HYSTERESIS = 0.02
+"""By what share of a round's tokens another plan has to be better than the last one's shape to replace it."""
+
+
+@dataclass
+class Decision:
+    """A plan by row, with what is expected of it: tensors on the planner's device."""
+
+    # [rows] int64: an index into the exits
+    exit: torch.Tensor
+    # [rows] int64: 0 for none
+    length: torch.Tensor
+    # scalars, float64: of the whole batch, in tokens and seconds
+    tokens: torch.Tensor
+    draft_time: torch.Tensor
+    verify_time: torch.Tensor
+
+
+class Planner:
+    """Plans a batch; keeps the price, and what it chose last, to stay with it unless another plan is clearly better."""
+
+    def __init__(self, depths: torch.Tensor, costs: CostTables, max_length: int) -> None:
+        self.depths = depths
+        self.costs = costs
+        self.lengths = torch.arange(max_length + 1, device=depths.device)
+        # By the number of rows: what a step to each exit costs for any number of them and what each one adds, both
+        # [rows + 1, exits], and what a token adds to the verification if all rows draft as many, [rows + 1, longest].
+        self._shared, self._per_row = self._step_costs()
+        self._per_token = self._token_costs()
+        self._price = torch.zeros((), dtype=torch.float64, device=depths.device)
+        self._num_rows = torch.zeros((), dtype=torch.int64, device=depths.device)
+        # [exits, longest]: the last plan's shape, its deepest exit and longest draft
+        self._last = torch.zeros(len(depths), max_length + 1, dtype=torch.bool, device=depths.device)
+
+    def plan(
+        self,
+        # [rows, exits] float64
+        acceptance: torch.Tensor,
+        # [rows] int64: the longest draft of each row; 0 where it must not draft
+        limit: torch.Tensor,
+        # scalar int64: the sequences of the batch, those that cannot draft included
+        num_rows: torch.Tensor,
+    ) -> Decision:
+        """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
+        lengths, verify = self.lengths, self.costs.verify[num_rows]
+        # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
+        gain = expected_tokens(acceptance, len(lengths) - 1) - 1
+        gain = gain.masked_fill(lengths > limit[:, None, None], -torch.inf)
+        # [exits, length, longest]: what a row's drafts cost beside what the batch shares
+        row_cost = lengths[:, None] * (self._per_row[num_rows][:, None, None] + self._per_token[num_rows])
+        row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
+        # Another number of rows has another goodput: begin with that of not drafting.
+        price = torch.where(num_rows == self._num_rows, self._price, num_rows / verify)
+
+        # [rows, exits, longest]: the best of each row at each exit, and then at any exit up to that one
+        value, length = (gain.unsqueeze(-1) - price * row_cost).max(2)
+        best, exit = value.cummax(1)
+        # [exits, longest]: the batch's, with what it shares
+        total = best.sum(0) - price * lengths * self._shared[num_rows][:, None]
+        shape = self._choose(total, price * verify)
+        deepest, longest = shape // len(lengths), shape % len(lengths)
+        row_exit = exit[:, deepest, longest]
+        row_length = length[:, :, longest].gather(1, row_exit.unsqueeze(1)).squeeze(1)
+        decision = self._expect(gain, row_exit, row_length, num_rows)
+
+        self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
+        self._num_rows.copy_(num_rows)
+        self._last.zero_().view(-1)[shape] = True
+        return decision
+
+    def _choose(self, total: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The shape, flat, of the largest total; the last one's if that is nearly as good."""
+        favoured = torch.where(self._last, total + HYSTERESIS * tokens, total)
+        return favoured.flatten().argmax()
+
+    def _step_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(len(self.costs.step), device=self.depths.device)
+
+        def split(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            slope = (table[: len(rows)] - table[1]) / (rows - 1).clamp_min(1)
+            return (table[1] - slope).unsqueeze(1), slope.unsqueeze(1)
+
+        (step, step_row), (layer, layer_row), (head, head_row) = (
+            split(table) for table in (self.costs.step, self.costs.layer, self.costs.head)
+        )
+        return step + self.depths * layer + head, step_row + self.depths * layer_row + head_row
+
+    def _token_costs(self) -> torch.Tensor:
+        rows = torch.arange(len(self.costs.step), device=self.depths.device).unsqueeze(1)
+        drafted = rows * self.lengths
+        verify = self.costs.verify
+        return (verify[rows + drafted] - verify[rows]) / drafted.clamp_min(1)
+
+    def _expect(self, gain: torch.Tensor, exit: torch.Tensor, length: torch.Tensor, num_rows: torch.Tensor) -> Decision:
+        """What the plan yields and costs, by the tables and without the split into shared and per row."""
+        costs = self.costs
+        per_exit = gain.gather(1, exit[:, None, None].expand(-1, 1, gain.shape[2])).squeeze(1)
+        tokens = num_rows + per_exit.gather(1, length.unsqueeze(1)).sum()
+        # [rows, steps]: who still drafts in each step
+        drafting = length.unsqueeze(1) > self.lengths[:-1]
+        rows = drafting.sum(0)
+        depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
+        draft_time = (costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]).sum()
+        return Decision(exit, length, tokens, draft_time, costs.verify[num_rows + length.sum()])
