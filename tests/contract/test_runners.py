@@ -27,7 +27,8 @@ class TestV2Runner:
 
     def test_takes_the_layers_to_hand_out_from_the_configuration(self):
         """As V1's does: from the draft model's, which is the target's."""
-        reads = inspect.getsource(at("vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils:get_eagle3_aux_layers_from_config"))
+        module = "vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils"
+        reads = inspect.getsource(at(f"{module}:get_eagle3_aux_layers_from_config"))
         assert 'getattr(hf_config, "eagle_aux_hidden_state_layer_ids", None)' in reads
         assert "draft_model_config.hf_config" in reads
 

@@ -66,7 +66,10 @@ def test_a_batch_of_unfinished_prompts_drafts_nothing(host: Host, checkpoints: P
 
 
 def _drafter(model: str, spec: dict[str, Any]) -> Any:
-    engine = engines._engine(model, spec, {"max_num_batched_tokens": 48})
+    return drafter_of(engines._engine(model, spec, {"max_num_batched_tokens": 48}))
+
+
+def drafter_of(engine: Any) -> Any:
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     return getattr(runner, "drafter", None) or runner.speculator
 

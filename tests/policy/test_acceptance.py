@@ -5,9 +5,11 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.policy.oracle import Oracle
-from vllm_del.policy.acceptance import AcceptanceStatistics, kept_positions
+from vllm_del.policy.acceptance import PRIOR_COUNT, AcceptanceStatistics, kept_positions
 from vllm_del.policy.objective import best_by_tokens_per_layer
 
 TRACES = 1000
@@ -114,3 +116,38 @@ class TestSlots:
         self.one(statistics, 0, True)
         self.one(statistics, 0, False)
         assert statistics.acceptance(torch.tensor([0]))[0, 0].item() == pytest.approx(0.5 / 1.5)
+
+    def test_an_exit_that_is_not_scored_keeps_its_memory(self) -> None:
+        statistics = AcceptanceStatistics(1, 2, torch.device("cpu"), decay=0.5)
+        slot, shape = torch.tensor([0]), (1, 1, 2)
+        yes = torch.ones(shape, dtype=torch.bool)
+        statistics.observe(slot, yes, torch.ones(shape), yes)
+        self.one(statistics, 0, False)  # of the first exit only
+        assert statistics.acceptance(slot)[0].tolist() == pytest.approx([0.5 / 1.5, 1.0])
+
+
+class TestEstimate:
+    def test_without_anything_it_is_even_odds(self) -> None:
+        statistics = AcceptanceStatistics(2, 3, torch.device("cpu"))
+        assert statistics.estimate(torch.tensor([1])).tolist() == [[0.5, 0.5, 0.5]]
+
+    def test_a_new_sequence_starts_from_the_mean_of_all(self) -> None:
+        statistics = AcceptanceStatistics(2, 1, torch.device("cpu"), decay=1.0)
+        for match in [True] * 9 + [False]:
+            shape = (1, 1, 1)
+            yes = torch.ones(shape, dtype=torch.bool)
+            statistics.observe(torch.tensor([0]), yes & match, torch.ones(shape), yes)
+        seen, new = statistics.estimate(torch.tensor([0, 1]))[:, 0].tolist()
+        assert new == pytest.approx(9.5 / 11)
+        assert seen == pytest.approx((9 + PRIOR_COUNT * 9.5 / 11) / (10 + PRIOR_COUNT))
+
+    @given(counts=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=6))
+    def test_rises_with_depth_and_stays_within_what_was_seen(self, counts: list[tuple[int, int]]) -> None:
+        statistics = AcceptanceStatistics(1, len(counts), torch.device("cpu"))
+        statistics._counts[0] = torch.tensor(counts)
+        rate = [(m + PRIOR_COUNT * 0.5) / (m + n + PRIOR_COUNT) for m, n in counts]
+        estimate = statistics.estimate(torch.tensor([0]))[0].tolist()
+        assert estimate == sorted(estimate)
+        assert min(rate) - 1e-9 <= min(estimate) <= max(estimate) <= max(rate) + 1e-9
+        if rate == sorted(rate):
+            assert estimate == pytest.approx(rate)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_del.policy.cost import CostTables, MeasuredCosts
-from vllm_del.policy.planner import HYSTERESIS, Planner
+from vllm_del.policy.planner import CAUTION, HYSTERESIS, Planner
 
 DEPTHS = [2, 5]
 LENGTH = 3
@@ -87,7 +87,7 @@ def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, to
     assert all(length <= most for (_, length), most in zip(plan, limit, strict=True))
     reached = goodput(tables, acceptance, plan)
     assert reached == pytest.approx(float(decision.tokens / (decision.draft_time + decision.verify_time)))
-    assert reached >= best_goodput(tables, acceptance, limit) * (1 - HYSTERESIS - 0.02)
+    assert reached >= best_goodput(tables, acceptance, limit) * (1 - HYSTERESIS - CAUTION - 0.02)
 
 
 def test_nothing_is_drafted_where_it_does_not_pay() -> None:

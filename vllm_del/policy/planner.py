@@ -18,6 +18,9 @@ from vllm_del.policy.objective import expected_tokens
 HYSTERESIS = 0.02
 """By what share of a round's tokens another plan has to be better than the last one's shape to replace it."""
 
+CAUTION = 0.04
+"""And by what share any drafting has to be better than none: estimates err, and the best of many errs upwards."""
+
 
 @dataclass
 class Decision:
@@ -86,9 +89,9 @@ class Planner:
         return decision
 
     def _choose(self, total: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The shape, flat, of the largest total; the last one's if that is nearly as good."""
-        favoured = torch.where(self._last, total + HYSTERESIS * tokens, total)
-        return favoured.flatten().argmax()
+        """The shape, flat, of the largest total; the last one's, or none at all, if that is nearly as good."""
+        favour = HYSTERESIS * self._last + CAUTION * (self.lengths == 0)
+        return (total + favour * tokens).flatten().argmax()
 
     def _step_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(len(self.costs.step), device=self.depths.device)

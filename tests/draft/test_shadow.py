@@ -1,0 +1,69 @@
+"""Shadow work stays within its budget, and is spread evenly."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_del.draft.shadow import BURST, ShadowScorer
+from vllm_del.policy.cost import SHADOW_ROWS, CostTables, MeasuredCosts
+
+CPU = torch.device("cpu")
+
+
+def scorer(head: tuple[float, float], share: float = 0.02) -> ShadowScorer:
+    """Of a model whose verification of a token takes 100 ms; `head`: of one row, and of `SHADOW_ROWS`."""
+    measured = MeasuredCosts((1, SHADOW_ROWS), (0.0, 0.0), (1.0, 1.0), head, (1, 2), (0.1, 0.1))
+    return ShadowScorer(lambda states: states, SimpleNamespace(), CostTables(measured, 8, 4, CPU), share, CPU)
+
+
+@pytest.mark.parametrize("head", [(0.0005, 0.1), (0.007, 0.2), (0.05, 0.06)])
+@pytest.mark.parametrize("wanted", [3, 20, 400])
+def test_budget(head: tuple[float, float], wanted: int) -> None:
+    """Over a thousand rounds the share is kept, and made use of, unless everything wanted costs less."""
+    shadow, rounds = scorer(head), 1000
+    costs = shadow._costs
+    assert costs is not None
+    spent, scored = 0.0, []
+    for _ in range(rounds):
+        shadow.earn(1)
+        number = shadow.affordable(wanted)
+        assert number <= wanted
+        spent += costs.head_seconds(number)
+        scored.append(number)
+        assert number == 0 or number >= min(wanted, BURST)
+    budget = 0.02 * 0.1 * rounds
+    assert spent <= budget
+    assert spent >= 0.8 * min(budget, rounds * costs.head_seconds(wanted))
+    assert max(scored) >= min(wanted, BURST)
+
+
+def test_nothing_without_a_budget_and_everything_without_costs() -> None:
+    shadow = scorer((0.001, 0.1), share=0.0)
+    shadow.earn(1)
+    assert shadow.affordable(5) == 0
+    free = ShadowScorer(lambda states: states, SimpleNamespace(), None, 0.0, CPU)
+    free.earn(1)
+    assert free.affordable(10_000) == 10_000
+
+
+def test_chosen_evenly_among_what_is_wanted() -> None:
+    shadow = scorer((0.001, 0.1))
+    wanted = torch.tensor([[True, False, True], [True, True, False]])
+    seen = torch.zeros(6)
+    for _ in range(3000):
+        places = shadow.choose(wanted, 2)
+        assert len(places.unique()) == 2
+        seen[places] += 1
+    assert (seen[~wanted.flatten()] == 0).all()
+    # 1,500 of each in the mean, with a standard deviation of 27.
+    assert ((seen[wanted.flatten()] - 1500).abs() < 120).all()
+
+
+def test_choosing_leaves_torchs_own_randomness_alone() -> None:
+    shadow = scorer((0.001, 0.1))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    shadow.choose(torch.ones(8, dtype=torch.bool), 4)
+    assert torch.equal(torch.rand(3), expected)
