@@ -70,8 +70,8 @@ class DelConfig(SpeculativeConfig):
     """The largest number of tokens drafted for a sequence in one round."""
     del_exit_layers: Annotated[Literal["auto"] | list[StrictInt], BeforeValidator(_parse_exit_layers)] = "auto"
     """The depths (number of layers run, 1 to L - 1) that drafts may leave at. `"auto"` takes an eighth, a fifth, a
-    third and a half of the model's depth; with `del_policy: "fixed"` a fifth, but 4 layers, or half of a shallower
-    model, at least. `del_policy: "fixed"` takes one depth."""
+    third and a half of the model's depth, as far as these are two layers apart; with `del_policy: "fixed"` a fifth,
+    but 4 layers, or half of a shallower model, at least. `del_policy: "fixed"` takes one depth."""
     del_policy: Literal["dynamic", "fixed"] = "dynamic"
     """How the exit layer and the draft length are chosen. `"dynamic"`: for each sequence in each round, from what was
     accepted and what a round costs. `"fixed"`: always the same ones."""
@@ -168,8 +168,13 @@ def _resolve_exit_layers(wanted: Literal["auto"] | list[int], depth: int, dynami
     if depth < 2:
         raise ValueError(f"method='del' needs a model of at least 2 layers; this one has {depth}")
     if wanted == "auto" and dynamic:
-        # A few: each is asked what it would say. Deeper than half, a draft can hardly pay.
-        return sorted({max(1, round(depth / part)) for part in (8, 5, 3, 2)})
+        # A few, as each is asked what it would say, and some layers apart, as each ends a graph. Deeper than half, a
+        # draft can hardly pay.
+        exits = [max(1, depth // 2)]
+        for part in (3, 5, 8):
+            if exits[0] - round(depth / part) >= 2 and round(depth / part):
+                exits.insert(0, round(depth / part))
+        return exits
     if wanted == "auto":
         # A fifth is what LayerSkip's authors draft with, more or less. Copying from the context takes a few layers
         # however deep the model is, and text that repeats itself is where drafts are accepted most.

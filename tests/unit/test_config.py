@@ -24,7 +24,7 @@ class TestDefaults:
 
     @pytest.mark.parametrize(
         ("depth", "exits"),
-        [(2, [1]), (3, [1, 2]), (5, [1, 2]), (8, [1, 2, 3, 4]), (16, [2, 3, 5, 8]), (32, [4, 6, 11, 16])],
+        [(2, [1]), (3, [1]), (5, [2]), (8, [2, 4]), (16, [3, 5, 8]), (32, [4, 6, 11, 16]), (80, [10, 16, 27, 40])],
     )
     def test_auto_is_a_few_exits_in_the_first_half(self, depth, exits, engine_config):
         config = engine_config(speculative_config="del", hf_overrides={"num_hidden_layers": depth})

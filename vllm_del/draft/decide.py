@@ -4,15 +4,18 @@ A round goes `observe`, `plan`, drafting, `record`. Sequences are known by slots
 lives, whatever row of the batch it is in.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.policy.acceptance import AcceptanceStatistics
+from vllm_del.policy.cost import CostTables
 from vllm_del.policy.objective import best_by_tokens_per_layer
 from vllm_del.policy.planner import Planner
 
@@ -72,13 +75,14 @@ class DynamicPolicy:
         shadow: ShadowScorer,
         planner: Planner | None,
         device: torch.device,
-        # whether the host sees the device's values at once, as on a CPU
+        # whether the host sees the device's values at once, and its clock the device's work, as on a CPU
         on_host: bool,
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
         self._shadow = shadow
         self._planner = planner
         self._on_host = on_host
+        self._stopwatch = Stopwatch(planner.costs) if planner and on_host else None
         self._num_layers = num_layers
         self._max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -94,6 +98,8 @@ class DynamicPolicy:
         self._length.index_fill_(0, slots, 0)
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
+        if self._planner and self._stopwatch:
+            self._planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens))
         self._shadow.earn(verified.num_tokens)
         if verified.ended:
             self._observe_prompts(slots, verified)
@@ -150,14 +156,21 @@ class DynamicPolicy:
         self.statistics.observe(slots, matched, confidence, scored)
 
     def plan(self, slots: torch.Tensor, limit: torch.Tensor) -> Plan:
+        stop_below = self.statistics.stop_below(slots)
         if self._planner is None:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self._max_length)
             length = limit
         else:
-            decision = self._planner.plan(self.statistics.estimate(slots), limit, torch.tensor(len(slots)))
+            acceptance = self.statistics.estimate(slots)
+            decision = self._planner.plan(acceptance, limit, torch.tensor(len(slots)))
             exit, length = decision.exit, decision.length
-        stop_below = self.statistics.stop_below(slots).gather(1, exit.unsqueeze(1)).squeeze(1)
+            # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it
+            # may still be accepted: it ends a draft only if the next one would also not be worth its time. The chance
+            # of both is taken to be in proportion to confidence, which has its mean where acceptance has its own.
+            pays_above = self.statistics.confidence(slots) * decision.worth.unsqueeze(1) / acceptance.square()
+            stop_below = torch.minimum(stop_below, pays_above)
+        stop_below = stop_below.gather(1, exit.unsqueeze(1)).squeeze(1)
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
         if self._on_host:
             deepest, longest = wanted.tolist()
@@ -170,6 +183,28 @@ class DynamicPolicy:
         self._exit[slots] = plan.exit
         self._length[slots] = (drafts.tokens != NO_TOKEN).sum(1)
         self._confidence[slots, : drafts.confidence.shape[1]] = drafts.confidence
+        if self._stopwatch:
+            self._stopwatch.start(slots)
+
+
+class Stopwatch:
+    """How much longer than its forward pass the time between two drafting rounds is: the median of the last ones."""
+
+    def __init__(self, costs: CostTables) -> None:
+        self._costs = costs
+        self._seen: deque[float] = deque(maxlen=31)
+        self._started, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
+
+    def start(self, slots: torch.Tensor) -> None:
+        """Drafting has ended."""
+        self._started, self._slots = time.perf_counter(), slots
+
+    def overhead(self, slots: torch.Tensor, num_tokens: int) -> float:
+        """Seconds, after a verification of `num_tokens`. Before other sequences there may have been a pause."""
+        if self._slots is slots:
+            elapsed = time.perf_counter() - self._started
+            self._seen.append(max(0.0, elapsed - self._costs.verify_seconds(num_tokens)))
+        return median(self._seen) if self._seen else 0.0
 
 
 class HostBounds:

@@ -103,6 +103,14 @@ class AcceptanceStatistics:
         """
         return (self._confidence[slots] / self._counts[slots]).mean(-1)
 
+    def confidence(
+        self,
+        # [rows] int64
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """The mean confidence of each exit's tokens, matched or not, [rows, exits] float64; NaN where none was seen."""
+        return self._confidence[slots].sum(-1) / self._counts[slots].sum(-1)
+
 
 def kept_positions(
     # [rows] int: drafts the verification accepted

@@ -30,6 +30,8 @@ class Decision:
     exit: torch.Tensor
     # [rows] int64: 0 for none
     length: torch.Tensor
+    # [rows] float64: tokens that one more draft of the row has to yield to be worth its time
+    worth: torch.Tensor
     # scalars, float64: of the whole batch, in tokens and seconds
     tokens: torch.Tensor
     draft_time: torch.Tensor
@@ -47,6 +49,8 @@ class Planner:
         # [rows + 1, exits], and what a token adds to the verification if all rows draft as many, [rows + 1, longest].
         self._shared, self._per_row = self._step_costs()
         self._per_token = self._token_costs()
+        # What a round costs beside its forward passes, seconds: scheduling, sampling, output. Known while serving only.
+        self.overhead = torch.zeros((), dtype=torch.float64, device=depths.device)
         self._price = torch.zeros((), dtype=torch.float64, device=depths.device)
         self._num_rows = torch.zeros((), dtype=torch.int64, device=depths.device)
         # [exits, longest]: the last plan's shape, its deepest exit and longest draft
@@ -62,7 +66,7 @@ class Planner:
         num_rows: torch.Tensor,
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
-        lengths, verify = self.lengths, self.costs.verify[num_rows]
+        lengths, verify = self.lengths, self.costs.verify[num_rows] + self.overhead
         # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
         gain = expected_tokens(acceptance, len(lengths) - 1) - 1
         gain = gain.masked_fill(lengths > limit[:, None, None], -torch.inf)
@@ -81,7 +85,9 @@ class Planner:
         deepest, longest = shape // len(lengths), shape % len(lengths)
         row_exit = exit[:, deepest, longest]
         row_length = length[:, :, longest].gather(1, row_exit.unsqueeze(1)).squeeze(1)
-        decision = self._expect(gain, row_exit, row_length, num_rows)
+        step = self._shared[num_rows, deepest] / num_rows + self._per_row[num_rows][row_exit]
+        worth = price * (step + self._per_token[num_rows, longest])
+        decision = self._expect(gain, row_exit, row_length, worth, num_rows)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
         self._num_rows.copy_(num_rows)
@@ -111,7 +117,9 @@ class Planner:
         verify = self.costs.verify
         return (verify[rows + drafted] - verify[rows]) / drafted.clamp_min(1)
 
-    def _expect(self, gain: torch.Tensor, exit: torch.Tensor, length: torch.Tensor, num_rows: torch.Tensor) -> Decision:
+    def _expect(
+        self, gain: torch.Tensor, exit: torch.Tensor, length: torch.Tensor, worth: torch.Tensor, num_rows: torch.Tensor
+    ) -> Decision:
         """What the plan yields and costs, by the tables and without the split into shared and per row."""
         costs = self.costs
         per_exit = gain.gather(1, exit[:, None, None].expand(-1, 1, gain.shape[2])).squeeze(1)
@@ -121,4 +129,5 @@ class Planner:
         rows = drafting.sum(0)
         depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
         draft_time = (costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]).sum()
-        return Decision(exit, length, tokens, draft_time, costs.verify[num_rows + length.sum()])
+        verify_time = costs.verify[num_rows + length.sum()] + self.overhead
+        return Decision(exit, length, worth, tokens, draft_time, verify_time)
