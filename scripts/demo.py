@@ -3,9 +3,9 @@
     scripts/demo.sh
     scripts/demo.sh --model MODEL --max-tokens 256 -- --dtype bfloat16
 
-Both servers get the same flags, but for `--speculative-config del`. They take turns with every prompt, so that
-whatever else the machine does slows both; the one whose turn it is not is idle. In float32, the default here, greedy
-output has to be the same with both.
+Both servers get the same flags, but for `--speculative-config del`. They take turns with every prompt, so that a
+machine that is slower for a while is so for both; the one whose turn it is not is idle. In float32, the default here,
+greedy output has to be the same with both.
 """
 
 import argparse
@@ -40,6 +40,8 @@ PROMPTS = {
     "def parse_args": "def parse_args(argv=None):\n    parser = argparse.ArgumentParser(\n",
 }
 REPEATS = 5
+# The load by processor above which figures are not worth much.
+BUSY = 0.5
 START_TIMEOUT_S = 900
 STOP_TIMEOUT_S = 15
 SERVER_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -261,6 +263,11 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, leave)
     os.environ["no_proxy"] = "127.0.0.1"  # a proxy that is set is not for the loopback
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load > BUSY * processors:
+        console.print(
+            f"The machine is busy (load {load:.1f} on {processors} processors): expect lower, uneven figures."
+        )
     try:
         ports = free_ports(options.port)
         with (

@@ -69,9 +69,11 @@ class OurClass:
         return {node.name for node in self.tree.body if isinstance(node, ast.FunctionDef)}
 
     def inherited_attributes(self) -> set[str]:
-        """The names that its methods read from `self` and that it does not make itself."""
+        """The names that its methods read from `self` and that neither it nor a base of ours in its file makes."""
         read = {name for name, is_read in attributes_of_self(self.tree) if is_read}
-        made = {name for name, is_read in attributes_of_self(self.tree) if not is_read}
+        bases = {ast.unparse(base) for base in self.tree.bases}
+        ours = [node for node in our_files()[self.file].body if getattr(node, "name", None) in bases]
+        made = {name for tree in (self.tree, *ours) for name, is_read in attributes_of_self(tree) if not is_read}
         declared = {
             node.target.id
             for node in self.tree.body

@@ -77,6 +77,7 @@ class TestPatches:
             patches.apply()
             command_line.apply_refusal("")
             patches._watch_workers()
+            monkeypatch.setattr("vllm_del.engine.setup.check_target", lambda _: None)
             config = object.__new__(del_config)
             config.del_policy = "dynamic"
             for use_v2, kind in ((False, "cpu_worker:CPUWorker"), (True, "gpu_worker:Worker")):

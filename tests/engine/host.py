@@ -100,7 +100,7 @@ _ROWS, _TOKENS = (1, 8), (1, 136)
 COSTS = {
     "rows": _ROWS,
     "step": (0.1, 0.1),
-    "layer": (1.0, 1.2),
+    "layer": (0.5, 0.6),
     "head": (0.5, 0.6),
     "tokens": _TOKENS,
     "verify": (6.0, 9.0),

@@ -24,6 +24,8 @@ REFUSED = {
     "granite": r"GraniteForCausalLM cannot draft for itself: it calls its layers as layer\(positions, hidden_states\)",
     "gpt2": "GPT2LMHeadModel cannot draft for itself: its decoder has no `embed_input_ids`",
 }
+# Without hidden states of early layers, which the dynamic policy learns from; served with the fixed one.
+FIXED_ONLY = ["gemma", "gemma2", "gemma3", "mixtral"]
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 70)), [9, 4] * 60]
 GREEDY = {"temperature": 0, "max_tokens": 32, "ignore_eos": True}
 
@@ -34,14 +36,21 @@ pytestmark = pytest.mark.engine
 def test_lossless(host: Host, checkpoints: Path, architecture: str) -> None:
     """Greedy output in float32 is that of vLLM without speculation, and drafts are accepted on the way."""
     model = checkpoint(checkpoints, architecture)
+    policy = {"del_policy": "fixed"} if architecture in FIXED_ONLY else {}
     off = host.generate(model, PROMPTS, GREEDY)
-    on = host.generate(model, PROMPTS, GREEDY, {"method": "del", "del_policy": "fixed", "del_exit_layers": 2})
+    on = host.generate(model, PROMPTS, GREEDY, {"method": "del", "del_exit_layers": 2, **policy})
     assert on.completions == off.completions
     assert on.accepted > 0
     assert on.steps < off.steps
 
 
+@pytest.mark.parametrize("architecture", FIXED_ONLY)
+def test_dynamic_refused(host: Host, checkpoints: Path, architecture: str) -> None:
+    with pytest.raises(ValueError, match=r"does not hand out hidden states of early layers.*set del_policy='fixed'"):
+        host.generate(checkpoint(checkpoints, architecture), [[5]], GREEDY, "del")
+
+
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_refused(host: Host, checkpoints: Path, architecture: str) -> None:
     with pytest.raises(ValueError, match=REFUSED[architecture]):
-        host.generate(checkpoint(checkpoints, architecture), [[5]], GREEDY, "del")
+        host.generate(checkpoint(checkpoints, architecture), [[5]], GREEDY, {"method": "del", "del_policy": "fixed"})

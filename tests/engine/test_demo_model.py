@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import DEMO_MODEL
 from tests.engine.host import Arrival, Host
+from tests.engine.test_drafts import drafter_of
 
 PROMPTS = [
     "def __init__(self, ",
@@ -24,7 +25,8 @@ def test_drafts_are_accepted_and_the_text_is_the_models_own(host: Host) -> None:
     on = host.generate(str(DEMO_MODEL), prompts, sampling, "del")
     assert on.completions == off.completions
     assert on.accepted / on.drafted > 0.3
-    assert on.steps < 0.7 * off.steps
+    # Fewer tokens, and what the policy has learnt gets to the scheduler some steps later.
+    assert on.steps < (0.7 if host.runner == "v1" else 0.8) * off.steps
 
 
 @pytest.mark.parametrize("host", ["v1"], indirect=True)
@@ -45,7 +47,7 @@ def _is_compiled(options: dict[str, Any]) -> bool:
     from tests.engine.host import _engine
 
     engine = _engine(str(DEMO_MODEL), "del", options)
-    return engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter.exit.compiled
+    return all(segment.compiled for segment in drafter_of(engine).segments)
 
 
 @pytest.mark.parametrize("host", ["v1"], indirect=True)

@@ -47,7 +47,7 @@ def test_synchronous_scheduling(host: Host, model: str) -> None:
 def test_extreme_exits_and_lengths(host: Host, model: str, exit_layer: int, num_tokens: int) -> None:
     spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": exit_layer, "num_speculative_tokens": num_tokens}
     _, on = both(host, model, PROMPTS, GREEDY, spec)
-    assert on.drafted % num_tokens == 0
+    assert on.drafted >= num_tokens
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -72,6 +72,7 @@ def test_generated_text_served_again_from_the_prefix_cache(host: Host, model: st
     on = host.serve(model, turns, SPEC, enable_prefix_caching=True)
     assert on.completions == off.completions
     assert on.cached_tokens >= 64
+    assert on.accepted > 0
 
 
 def test_preemption(host: Host, model: str) -> None:

@@ -17,12 +17,14 @@ from tests.engine.host import Host
 # V2 runs in Triton's interpreter here, some hundred times slower: fewer outcomes to tell apart, from fewer samples.
 VOCAB = {"v1": 8, "v2": 4}
 LENGTH = {"v1": 3, "v2": 2}
-SAMPLES = {"v1": 24_000, "v2": 3_000}
+SAMPLES = {"v1": 24_000, "v2": 6_000}
 SPEC = {
     runner: {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": LENGTH[runner] - 1} for runner in LENGTH
 }
-# The odds of a draft that a wrong rule accepts by. A token of probability 0.5 is then accepted at 0.545, or 0.583.
-WRONG_ODDS = {"v1": 1.2, "v2": 1.4}
+# The odds of a draft that a wrong rule accepts by. A token of probability 0.5 is then accepted at 0.545, or 0.556.
+WRONG_ODDS = {"v1": 1.2, "v2": 1.25}
+# Below this probability of chance a distribution counts as another one.
+CHANCE = 1e-3
 PROMPT = [2, 0, 1, 3]
 ENGINE = {"max_num_seqs": 128, "max_num_batched_tokens": 1024, "max_model_len": 32, "num_gpu_blocks_override": 300}
 
@@ -94,7 +96,7 @@ def test_same_joint_distribution(host: Host, model: str, sampling: dict[str, Any
     on, accepted = sample(host, model, sampling, SPEC[host.runner])
     assert accepted > 0
     assert len(on) > 3
-    assert p_value(on, exact(model, LENGTH[host.runner], sampling)) > 1e-4
+    assert p_value(on, exact(model, LENGTH[host.runner], sampling)) > CHANCE
 
 
 @pytest.mark.parametrize(("host", "sampling"), CASES[:4], indirect=["host"], ids=str)
@@ -102,8 +104,8 @@ def test_the_distribution_compared_with_is_that_without_del(host: Host, model: s
     """What vLLM samples without `del` has the computed distribution, and `del`'s samples are like its samples."""
     off, _ = sample(host, model, sampling, None)
     on, _ = sample(host, model, sampling, SPEC[host.runner])
-    assert p_value(off, exact(model, LENGTH[host.runner], sampling)) > 1e-4
-    assert p_value(on, off) > 1e-4
+    assert p_value(off, exact(model, LENGTH[host.runner], sampling)) > CHANCE
+    assert p_value(on, off) > CHANCE
 
 
 def test_a_wrong_rejection_rule_is_noticed(host: Host, model: str) -> None:
@@ -113,7 +115,7 @@ def test_a_wrong_rejection_rule_is_noticed(host: Host, model: str) -> None:
         on, _ = sample(host, model, {"temperature": 1.0}, SPEC[host.runner])
     finally:
         host.call(_favour_drafts, host.runner, None)
-    assert p_value(on, exact(model, LENGTH[host.runner], {"temperature": 1.0})) < 1e-4
+    assert p_value(on, exact(model, LENGTH[host.runner], {"temperature": 1.0})) < CHANCE
 
 
 def _favour_drafts(runner: str, factor: float | None) -> None:

@@ -1,16 +1,15 @@
 """The training script writes a whole checkpoint, and the committed one is what its card says."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts.demo_training.text import read_corpus
 from tests.conftest import DEMO_MODEL
 
 SCRIPT = DEMO_MODEL.parent / "train_demo_model.py"
@@ -48,7 +47,7 @@ def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     assert len(rows) == model.config.num_hidden_layers
 
-    _, held_out = _training_script().read_corpus(0)
+    _, held_out = read_corpus(0)
     ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in held_out])
     windows = ids[: 32 * 512].view(32, 512)
     states = model.model(windows, output_hidden_states=True).hidden_states
@@ -60,13 +59,3 @@ def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
         choice = model.lm_head(model.model.norm(states[int(depth)])).argmax(-1)
         agreement = (choice == final.argmax(-1)).float().mean().item()
         assert abs(agreement - stated) < 0.08, f"exit {depth:.0f}: {agreement:.2f} here, {stated} on the card"
-
-
-def _training_script() -> Any:
-    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module

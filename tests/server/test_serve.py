@@ -1,5 +1,6 @@
 """The main job, as a user runs it: `vllm serve MODEL --speculative-config del`, and the OpenAI client."""
 
+import contextlib
 import os
 import re
 import signal
@@ -40,7 +41,8 @@ class Server:
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO_MODEL), "--speculative-config", "del"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "demo"]
         command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -69,6 +71,16 @@ class Server:
         values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, flags=re.MULTILINE)
         assert values, f"/metrics has no {name}"
         return sum(map(float, values))
+
+
+def of_session(leader: int) -> list[int]:
+    """The processes of the session that `leader` began, itself not included."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(entry.name)) == leader and int(entry.name) != leader:
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +123,4 @@ def test_serve_stream_four_at_once_count_and_stop(server: Server) -> None:
 
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(STOP_SECONDS) == 0
+    assert not of_session(server.process.pid), "processes of the server are left"

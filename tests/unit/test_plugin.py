@@ -65,6 +65,17 @@ class TestEntryPoint:
         code = "import sys, vllm_del.plugin; print(sorted({'vllm', 'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
         assert run_python(code, tmp_path) == "[]"
 
+    def test_registering_imports_nothing_that_vllm_has_not(self, tmp_path: Path):
+        """Only what parses the arguments: no worker, no model runner, and nothing of ours that drafts."""
+        code = (
+            "import sys, vllm.engine.arg_utils; before = set(sys.modules); import vllm_del.plugin as p; p.register(); "
+            "print(sorted(m for m in set(sys.modules) - before if m.startswith(('vllm', 'torch'))))"
+        )
+        engine = ["", ".command_line", ".patches", ".support", ".wrap"]
+        ours = ["vllm_del", "vllm_del.asking", "vllm_del.config", *(f"vllm_del.engine{m}" for m in engine)]
+        ours += ["vllm_del.plugin", "vllm_del.policy", "vllm_del.policy.envelope", "vllm_del.wishes"]
+        assert run_python(code, tmp_path) == str(ours)
+
     def test_kernels_is_ours_only_inside_our_package(self, tmp_path: Path):
         """Another well-known package is called `kernels`."""
         code = (
@@ -188,6 +199,10 @@ class Worker:
         self.reached.append(True)
 
     def compile_or_warm_up_model(self) -> None: ...
+
+    def execute_model(self) -> None: ...
+
+    def sample_tokens(self) -> None: ...
 
 
 class TestWorker:

@@ -3,6 +3,8 @@
 import copy
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from vllm_del.config import DelConfig
 from vllm_del.engine.support import check_supported
@@ -38,6 +40,7 @@ KV_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
             ["decode_context_parallel_size=2", "set it to 1"],
         ),
         ({"kv_transfer_config": KV_CONNECTOR}, ["kv_transfer_config", "leave it out"]),
+        ({"offload_group_size": 4, "offload_backend": "prefetch"}, ["offload_group_size=4", "use cpu_offload_gb"]),
         ({"kv_sharing_fast_prefill": True}, ["kv_sharing_fast_prefill=True", "set it to False"]),
         ({"runner": "pooling"}, ["runner='pooling'", "serve it without 'del'"]),
     ],
@@ -149,6 +152,7 @@ class TestWhatACpuCannotBeAskedFor:
         ("llama", {"enable_prefix_caching": False}),
         ("llama", {"enable_chunked_prefill": False, "max_model_len": 128}),
         ("llama", {"max_num_seqs": 1}),
+        ("llama", {"cpu_offload_gb": 1, "offload_backend": "uva"}),
         ("sliding_window", {}),
     ],
 )
@@ -160,3 +164,10 @@ def test_served(model, settings, engine_config):
 def test_other_methods_are_not_asked(settings, engine_config):
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     assert not isinstance(engine_config(speculative_config=ngram, **settings).speculative_config, DelConfig)
+
+
+@pytest.mark.parametrize("wish", [{"min_p": 0.1}, {"logit_bias": {3: 1.0}}])
+def test_what_vllm_refuses_for_a_request(wish, del_config):
+    """The README says so; with a vLLM that takes them, it has to be tested what `del` makes of them."""
+    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+        SamplingParams(**wish)._validate_spec_decode(del_config())

@@ -130,9 +130,15 @@ def test_the_same_arguments_may_be_used_twice(engine_args):
             ["--spec-tokens", "num_speculative_tokens", "mutually exclusive"],
         ),
         ({"spec_method": "ngram", "speculative_config": "del"}, ["--spec-method", "method", "mutually exclusive"]),
+        ({"speculative_config": "DEL"}, ["speculative_config='DEL'", "give 'del', or a dict"]),
+        ({"speculative_config": ["del"]}, [r"speculative_config=\['del'\]", "give 'del', or a dict"]),
+        (
+            {"speculative_config": {"method": "del", "draft_model_config": "org/draft"}},
+            ["draft_model_config='org/draft'", "leave it out"],
+        ),
     ],
 )
-def test_contradictions_are_refused(settings, words, engine_config):
+def test_contradictions_and_what_is_not_understood_are_refused(settings, words, engine_config):
     with pytest.raises(ValueError, match=words[0]) as error:
         engine_config(**settings)
     for word in words[1:]:

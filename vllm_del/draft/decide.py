@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -75,14 +76,16 @@ class DynamicPolicy:
         shadow: ShadowScorer,
         planner: Planner | None,
         device: torch.device,
-        # whether the host sees the device's values at once, and its clock the device's work, as on a CPU
+        # whether the host sees the device's values at once, as on a CPU
         on_host: bool,
+        # if the host's clock sees the device's work, and no other rank has a clock of its own
+        stopwatch: "Stopwatch | None" = None,
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
         self._shadow = shadow
         self._planner = planner
         self._on_host = on_host
-        self._stopwatch = Stopwatch(planner.costs) if planner and on_host else None
+        self._stopwatch = stopwatch
         self._num_layers = num_layers
         self._max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -91,7 +94,7 @@ class DynamicPolicy:
         self._exit = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._length = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._confidence = torch.zeros(num_slots, max_length, device=device)
-        self._bounds = HostBounds(len(exits) - 1, max_length, device)
+        self._bounds = Late((len(exits) - 1, max_length))
 
     def forget(self, slots: torch.Tensor) -> None:
         self.statistics.reset(slots)
@@ -175,14 +178,16 @@ class DynamicPolicy:
         if self._on_host:
             deepest, longest = wanted.tolist()
         else:
-            deepest, longest = self._bounds.exchange(wanted)
+            (deepest, longest), _ = self._bounds.exchange(wanted)
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
         return Plan(exit, length, stop_below, deepest, longest)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
-        self._exit[slots] = plan.exit
-        self._length[slots] = (drafts.tokens != NO_TOKEN).sum(1)
-        self._confidence[slots, : drafts.confidence.shape[1]] = drafts.confidence
+        """Rows beyond those of `slots` are padding."""
+        num_rows, width = len(slots), drafts.confidence.shape[1]
+        self._exit[slots] = plan.exit[:num_rows]
+        self._length[slots] = (drafts.tokens[:num_rows] != NO_TOKEN).sum(1)
+        self._confidence[slots, :width] = drafts.confidence[:num_rows]
         if self._stopwatch:
             self._stopwatch.start(slots)
 
@@ -207,35 +212,31 @@ class Stopwatch:
         return median(self._seen) if self._seen else 0.0
 
 
-class HostBounds:
-    """How deep and how long plans go, as the host knows without waiting: two rounds late.
+class Late:
+    """Values of the device as the host knows them without waiting: two rounds late.
 
     Two, as the host runs up to one round ahead of the device; so what it reads has long arrived, and it is the same
     value on every rank, which all have to launch as many steps.
     """
 
-    def __init__(self, deepest: int, longest: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        first = torch.tensor((deepest, longest))
-        self._copies = deque((first.pin_memory() if on_gpu else first.clone() for _ in range(2)), maxlen=2)
-        self._events = deque((torch.cuda.Event() for _ in range(2)), maxlen=2) if on_gpu else None
+    def __init__(self, first: Any) -> None:
+        self._copies: deque[tuple[torch.Tensor, torch.cuda.Event | None, Any]] = deque()
+        self._first = first
 
-    def exchange(
-        self,
-        # [2] int64: the deepest exit and the longest draft of this round's plan
-        wanted: torch.Tensor,
-    ) -> list[int]:
-        """Take this round's bounds, and give those of two rounds ago."""
-        if self._events is not None:
-            self._events[0].synchronize()
-            self._events.rotate(-1)
-        oldest = self._copies[0]
-        known = oldest.tolist()
-        oldest.copy_(wanted, non_blocking=True)
-        if self._events is not None:
-            self._events[-1].record()
-        self._copies.rotate(-1)
-        return known
+    def exchange(self, values: torch.Tensor, note: Any = None) -> tuple[Any, Any]:
+        """Take this round's values, and a note on them; give those of two rounds ago, as a list, and their note."""
+        event = None
+        copy = values.to("cpu", non_blocking=True, copy=True)
+        if values.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._copies.append((copy, event, note))
+        if len(self._copies) <= 2:
+            return self._first, None
+        copy, event, note = self._copies.popleft()
+        if event is not None:
+            event.synchronize()
+        return copy.tolist(), note
 
 
 def _at(

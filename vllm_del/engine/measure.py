@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
 import vllm
@@ -24,7 +23,7 @@ from vllm_del.policy.cost import MeasuredCosts
 
 logger = init_logger(f"vllm.{__name__}")
 
-REPEATS = 3
+REPEATS = 5
 LONGEST_SECONDS = 4.0
 """No larger batch is tried once one table has taken this long; what is larger costs in proportion."""
 
@@ -98,13 +97,13 @@ def _places(most: int) -> Iterator[int]:
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    """The median time of `run`, after a first time that does not count."""
+    """The shortest time of `run`, after a first time that does not count: what else the machine did only adds to it."""
     times = []
     for _ in range(1 + REPEATS):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
-    return median(times[1:])
+    return min(times[1:])
 
 
 def _path(vllm_config: VllmConfig) -> Path:

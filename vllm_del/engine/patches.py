@@ -12,17 +12,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_del.asking import as_fields, asks_for_del
 from vllm_del.config import DelConfig
 from vllm_del.engine.command_line import accept_del
 from vllm_del.engine.support import check_supported
 from vllm_del.engine.wrap import wrap
+from vllm_del.policy.envelope import Allowance
+from vllm_del.wishes import longest_wished
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+OUR_SCHEDULERS = "vllm_del.engine.scheduler"
 
 
 def apply() -> None:
@@ -30,6 +38,8 @@ def apply() -> None:
     wrap(EngineArgs, "add_cli_args", accept_del)
     wrap(EngineArgs, "create_engine_config", _expand_the_word_and_check)
     wrap(EngineArgs, "create_speculative_config", _build_del_config)
+    wrap(SchedulerConfig, "get_scheduler_cls", _choose_our_scheduler)
+    wrap(SamplingParams, "_validate_spec_decode", _validate_wishes)
     if "vllm.v1.worker.worker_base" in sys.modules:
         _watch_workers()
 
@@ -53,7 +63,34 @@ def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any,
     vllm_config = original(self, *args, **kwargs)
     if isinstance(vllm_config.speculative_config, DelConfig):
         check_supported(vllm_config)
+        scheduler = vllm_config.scheduler_config
+        if scheduler.scheduler_cls is None:
+            name = "DelAsyncScheduler" if scheduler.async_scheduling else "DelScheduler"
+            scheduler.scheduler_cls = f"{OUR_SCHEDULERS}.{name}"
     return vllm_config
+
+
+def _choose_our_scheduler(original: Callable, self: SchedulerConfig) -> type:
+    """[registry] The scheduler that sizes drafts by the KV cache, without a word.
+
+    Why: of a scheduler that is not its own vLLM says that asynchronous scheduling may be off, which it is not.
+    """
+    if isinstance(self.scheduler_cls, str) and self.scheduler_cls.startswith(OUR_SCHEDULERS):
+        return resolve_obj_by_qualname(self.scheduler_cls)
+    return original(self)
+
+
+def _validate_wishes(original: Callable, self: SamplingParams, speculative_config: Any) -> None:
+    """[registry] A bad wish of one request is an error of that request, in the process that took it.
+
+    Why: vLLM leaves `extra_args` to plugins, and asks none.
+    """
+    original(self, speculative_config)
+    if isinstance(speculative_config, DelConfig):
+        try:
+            longest_wished(self.extra_args, speculative_config.num_speculative_tokens)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="extra_args") from None
 
 
 def _build_del_config(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +130,10 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
     config = self.vllm_config
     assert config is not None
     if isinstance(config.speculative_config, DelConfig):
+        # Before vLLM itself finds the model without, and speaks of methods that nobody has asked for.
+        from vllm_del.engine.setup import check_target
+
+        check_target(config)
         if config.use_v2_model_runner:
             import vllm.v1.worker.gpu.model_runner as runner_v2
 
@@ -108,7 +149,12 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
     if isinstance(config.speculative_config, DelConfig):
         # vLLM compares method names here too. Of which layers, `DelConfig` says in vLLM's own way.
         self.worker.model_runner.use_aux_hidden_state_outputs = config.speculative_config.is_dynamic
-        wrap(type(self.worker), "compile_or_warm_up_model", _prepare_to_serve)
+        for name, patch in (
+            ("compile_or_warm_up_model", _prepare_to_serve),
+            ("execute_model", _hand_over_the_allowance),
+            ("sample_tokens", _report_wanted_lengths),
+        ):
+            wrap(type(self.worker), name, patch)
 
 
 def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
@@ -118,9 +164,37 @@ def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwar
     """
     result = original(self, *args, **kwargs)
     if isinstance(self.vllm_config.speculative_config, DelConfig):
-        runner = self.model_runner
-        (runner.speculator if self.vllm_config.use_v2_model_runner else runner.drafter).prepare_to_serve()
+        _drafter(self).prepare_to_serve()
     return result
+
+
+def _hand_over_the_allowance(
+    original: Callable, self: "WorkerBase", scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any
+) -> Any:
+    """[registry] The drafter is told what the scheduler has reserved for drafts.
+
+    Why: a drafter gets one draft length for all. A scheduler of the user's own says nothing, and reserves the largest.
+    """
+    if isinstance(self.vllm_config.speculative_config, DelConfig):
+        _drafter(self).allowance = getattr(scheduler_output, "del_allowance", None) or Allowance()
+    return original(self, scheduler_output, *args, **kwargs)
+
+
+def _report_wanted_lengths(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
+    """[registry] The scheduler is told how long the next drafts are going to be, so that it places as many.
+
+    Why: scheduling asynchronously, vLLM knows one number of drafts for all requests.
+    """
+    output = original(self, *args, **kwargs)
+    if isinstance(self.vllm_config.speculative_config, DelConfig) and self.vllm_config.use_v2_model_runner:
+        getattr(output, "model_runner_output", output).del_wanted_lengths = _drafter(self).wanted_lengths
+    return output
+
+
+def _drafter(worker: "WorkerBase") -> Any:
+    """The `DelSpeculator` or the `DelProposer` of a worker."""
+    runner = worker.model_runner
+    return runner.speculator if worker.vllm_config.use_v2_model_runner else runner.drafter
 
 
 def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:

@@ -26,8 +26,9 @@ from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
-from vllm_del.engine.setup import check_target, make_policy
+from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
+from vllm_del.policy.envelope import Allowance
 
 
 class DelProposer(DraftModelProposer):
@@ -41,6 +42,7 @@ class DelProposer(DraftModelProposer):
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_batch_size, device)
         self.num_drafts: list[int] | None = None
+        self.allowance = Allowance()
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's early layers as the draft network. Loads nothing.
@@ -49,7 +51,6 @@ class DelProposer(DraftModelProposer):
         """
         config = self.speculative_config
         assert isinstance(config, DelConfig)
-        check_target(config, target_model)
         self.model = EarlyExitNetwork.from_target(target_model)
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
         self.head = ExitHead(target_model)
@@ -126,7 +127,8 @@ class DelProposer(DraftModelProposer):
         if rejected is None:
             rejected = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         sampled = ~unfinished
-        slots = self.slots_of.of(self.runner.input_batch.req_ids)
+        request_ids = self.runner.input_batch.req_ids
+        slots = self.slots_of.of(request_ids)
         if isinstance(self.policy, DynamicPolicy):
             ends = common_attn_metadata.query_start_loc_cpu[1:]
             verified = self._verified(
@@ -134,7 +136,8 @@ class DelProposer(DraftModelProposer):
             )
             self.policy.forget(slots[verified.fresh])
             self.policy.observe(slots, verified)
-        plan = self.policy.plan(slots, num_speculative_tokens * sampled)
+        most = [self.allowance.longest.get(request, num_speculative_tokens) for request in request_ids]
+        plan = self.policy.plan(slots, torch.tensor(most) * sampled)
 
         num_padded, across_dp = num_rows, None
         if not self.alone:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Stopwatch
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.network import EarlyExitNetwork, Layers
 from vllm_del.draft.shadow import ShadowScorer
@@ -20,11 +20,13 @@ from vllm_del.policy.cost import CostTables
 from vllm_del.policy.planner import Planner
 
 
-def check_target(config: DelConfig, target: nn.Module) -> None:
-    """Raise `ValueError` if `target` does not hand out what the policy needs."""
+def check_target(vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` if the target's class does not hand out what the policy needs."""
+    config, target = vllm_config.speculative_config, get_model_cls(vllm_config.model_config)
+    assert isinstance(config, DelConfig)
     if config.is_dynamic and not supports_eagle3(target):
         raise ValueError(
-            f"{type(target).__name__} does not hand out hidden states of early layers (vLLM's SupportsEagle3), by "
+            f"{target.__name__} does not hand out hidden states of early layers (vLLM's SupportsEagle3), by "
             "which del_policy='dynamic' learns: set del_policy='fixed', and measure whether it pays"
         )
 
@@ -46,13 +48,18 @@ def make_policy(
     length = config.num_speculative_tokens
     if not config.is_dynamic:
         return FixedPolicy(length)
-    planner, costs = None, None
+    planner, costs, stopwatch = None, None, None
+    on_host = not vllm_config.use_v2_model_runner
     if config.del_objective == "goodput":
         draft_layers = early_attention_layers(network, config.exits[-1])
         rehearsal = Rehearsal(vllm_config, network, segments, head, draft_layers, kv_cache_config, table_widths, device)
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
         planner = Planner(torch.tensor(config.exits, device=device), costs, length)
+        if on_host and vllm_config.parallel_config.tensor_parallel_size == 1:
+            # Ranks that go by clocks of their own would plan differently, and wait for each other for ever.
+            stopwatch = Stopwatch(costs)
     shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
-    on_host = not vllm_config.use_v2_model_runner
-    return DynamicPolicy(config.exits, network.num_layers, length, num_slots, shadow, planner, device, on_host)
+    return DynamicPolicy(
+        config.exits, network.num_layers, length, num_slots, shadow, planner, device, on_host, stopwatch
+    )

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 import torch
 
 
+def upload(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`values` on the device, [len] int64, without waiting for it."""
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 class Slots:
     """Slot numbers by request id. The one not used for longest is given away when all are taken."""
 
@@ -22,7 +27,7 @@ class Slots:
             for request_id in request_ids:
                 self._take(request_id)
             slots = [self._slots[request_id] for request_id in request_ids]
-            self._last = list(request_ids), torch.tensor(slots, device=self._device)
+            self._last = list(request_ids), upload(slots, self._device)
         return self._last[1]
 
     def _take(self, request_id: str) -> None:

@@ -21,15 +21,16 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, Verified
+from vllm_del.draft.decide import DynamicPolicy, Late, Verified
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
-from vllm_del.engine.setup import check_target, make_policy
-from vllm_del.engine.slots import Slots
+from vllm_del.engine.setup import make_policy
+from vllm_del.engine.slots import Slots, upload
+from vllm_del.policy.envelope import Allowance
 
 
 class DelSpeculator(DraftModelSpeculator):
@@ -45,6 +46,10 @@ class DelSpeculator(DraftModelSpeculator):
         torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_num_reqs, device)
+        self.allowance = Allowance()
+        # For the scheduler: by request, how long a draft the policy wants.
+        self.wanted_lengths: dict[str, int] | None = None
+        self._late_lengths = Late(first=())
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's early layers as the draft network. Loads nothing, and marks no layer as a draft's.
@@ -53,7 +58,6 @@ class DelSpeculator(DraftModelSpeculator):
         """
         config = self.speculative_config
         assert isinstance(config, DelConfig)
-        check_target(config, target_model)
         self.model = self.load_draft_model(target_model, set())
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
         self.head = ExitHead(target_model)
@@ -129,7 +133,7 @@ class DelSpeculator(DraftModelSpeculator):
                 verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
                 self.policy.forget(slots[verified.fresh])
                 self.policy.observe(slots, verified)
-            plan = self.policy.plan(slots, num_steps * sampled)
+            plan = self._plan(input_batch.req_ids, slots, num_steps, sampled)
             if dp_sync_state is not None:
                 plan = plan.padded(num_padded, deepest, num_steps)
 
@@ -167,6 +171,29 @@ class DelSpeculator(DraftModelSpeculator):
             self.policy.record(slots, plan, drafts)
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
+
+    def _plan(
+        self,
+        request_ids: list[str],
+        # [num_reqs] int64, [num_reqs] bool
+        slots: torch.Tensor,
+        num_steps: int,
+        sampled: torch.Tensor,
+    ) -> Plan:
+        """What the policy wants to draft, of that as much as there is room for and the next step will verify."""
+        longest, verified = self.allowance.longest, self.allowance.verified
+        limit = num_steps * sampled
+        if longest:
+            limit = torch.minimum(limit, upload([longest.get(r, num_steps) for r in request_ids], self.device))
+        plan = self.policy.plan(slots, limit)
+        if isinstance(self.policy, DynamicPolicy):
+            lengths, requests = self._late_lengths.exchange(plan.length, request_ids)
+            self.wanted_lengths = dict(zip(requests or (), lengths, strict=True))
+        if verified:
+            lengths = [verified.get(request, num_steps) for request in request_ids]
+            plan.length = torch.minimum(plan.length, upload(lengths, self.device))
+            plan.longest = min(plan.longest, max(lengths))
+        return plan
 
     def _verified(
         self,

@@ -1,0 +1,147 @@
+"""vLLM's two schedulers, with drafts sized by what the paged KV cache leaves for them.
+
+A scheduler sees what no worker does: the free blocks, who waits, how much a request still wants. Each step it says how
+long a draft each request may make (`Allowance`), reserves no more look-ahead than that, and takes placeholders for as
+many drafts as the worker is going to make, which the worker reports back.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_del.policy.envelope import Allowance, Reserve, longest_draft, longest_in_room, room_in_blocks, slots_for
+from vllm_del.wishes import longest_wished
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+
+class _SizesDrafts(Scheduler):
+    """What both have in common."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Constant, but not `None`, for which vLLM fills a new request's first step up with drafts that nobody made.
+        self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+        self._most: int = self.num_spec_tokens
+        self._groups = self.kv_cache_manager.coordinator.single_type_managers
+        slots = slots_for(self._most)
+        self._reserve = Reserve(sum(-(-slots // group.block_size) for group in self._groups), slots)
+        self._allowance = Allowance()
+        self._allocate = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_with_room_for_drafts
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._allowance = Allowance()
+        if not self.waiting:
+            self._reserve.newcomer_waits(False)
+        return super().schedule(*args, **kwargs)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        scheduler_output.del_allowance = self._allowance
+
+    def update_draft_token_ids(self, draft_token_ids: "DraftTokenIds") -> None:
+        """Of a synchronous step: the drafts that the next one verifies, and how many a request wants is known."""
+        for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            if (request := self.requests.get(request_id)) is not None:
+                room = self._allowance.longest.get(request_id, self._most)
+                del drafts[longest_draft(room, request.max_tokens - request.num_output_tokens) :]
+        super().update_draft_token_ids(draft_token_ids)
+
+    def _allocate_with_room_for_drafts(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        *args: Any,
+        num_lookahead_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        reserved_blocks: int = 0,
+        **kwargs: Any,
+    ) -> "KVCacheBlocks | None":
+        """In place of the manager's `allocate_slots`: the look-ahead is each request's own, and what it may take too.
+
+        `None`, as there, if there are not enough blocks; never for want of look-ahead alone.
+        """
+
+        def allocate(length: int, leave: int) -> "KVCacheBlocks | None":
+            blocks = self._allocate(
+                request,
+                num_new_tokens,
+                num_new_computed_tokens,
+                *args,
+                num_lookahead_tokens=slots_for(length),
+                num_external_computed_tokens=num_external_computed_tokens,
+                reserved_blocks=reserved_blocks + leave,
+                **kwargs,
+            )
+            if blocks is not None and length < self._most:
+                self._allowance.longest[request.request_id] = length
+            return blocks
+
+        end = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens + num_new_tokens
+        wish = self._wish(request, end)
+        held = [(len(group.req_to_blocks.get(request.request_id, ())), group.block_size) for group in self._groups]
+        room = longest_in_room(wish, room_in_blocks(end, held))
+        runs, running = request.status == RequestStatus.RUNNING, len(self.running)
+        leave = self._reserve.for_drafts(running)
+        if room < wish and leave is not None and (blocks := allocate(wish, leave)) is not None:
+            self._reserve.taken(self.current_step)
+            return blocks
+        if runs:
+            return allocate(room, 0)
+        leave = self._reserve.for_newcomer(running, self.current_step)
+        blocks = allocate(room, leave)
+        self._reserve.newcomer_waits(blocks is None and leave > 0)
+        return blocks
+
+    def _wish(self, request: Request, end: int) -> int:
+        """The longest draft that the request wants and can use after its tokens up to `end`."""
+        if end < request.num_tokens:
+            return 0  # the prompt goes on
+        assert request.sampling_params is not None
+        wish = longest_wished(request.sampling_params.extra_args, self._most)
+        # One token comes from this step, and one at least from the step before if that is still on its way.
+        coming = 1 + (request.num_output_placeholders > 0)
+        return longest_draft(wish, request.max_tokens - request.num_output_tokens - coming)
+
+
+class DelScheduler(_SizesDrafts):
+    """For synchronous scheduling: the drafts are known when the next step is scheduled."""
+
+
+class DelAsyncScheduler(_SizesDrafts, AsyncScheduler):
+    """For asynchronous scheduling: a step is scheduled before the drafts it verifies are made."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What the worker last reported; before that, and for a request that is new to it, the largest that any wants.
+        self._wanted: dict[str, int] = {}
+        self._usual = self._most
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        verified: dict[str, int] = {}
+        self._allowance.verified = verified
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            if not request.is_prefill_chunk:
+                wanted = self._wanted.get(request_id, self._usual)
+                number = min(wanted, self._allowance.longest.get(request_id, self._most))
+                request.spec_token_ids = [-1] * number
+                if number < self._most:
+                    verified[request_id] = number
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: "ModelRunnerOutput"
+    ) -> "dict[int, EngineCoreOutputs]":
+        wanted = getattr(model_runner_output, "del_wanted_lengths", None)
+        if wanted:
+            self._wanted, self._usual = wanted, max(wanted.values())
+        return super().update_from_output(scheduler_output, model_runner_output)
