@@ -27,7 +27,8 @@ from tests.contract.places import (
 
 class TestOurSide:
     def test_classes_are_found(self):
-        assert {"DelConfig", "DelProposer", "DelSpeculator"} <= set(CLASS_IDS)
+        assert {"DelConfig", "DelProposer", "DelSpeculator", "DelAsyncScheduler", "DelStatLogger"} <= set(CLASS_IDS)
+        assert sum(len(cls.inherited_attributes()) for cls in OUR_CLASSES) > 30
 
     @pytest.mark.parametrize("file", source.our_files())
     def test_calls_to_what_we_import(self, file: str):
@@ -51,7 +52,6 @@ class TestOurSide:
 
     @pytest.mark.parametrize("cls", OUR_CLASSES, ids=CLASS_IDS)
     def test_attributes_we_inherit(self, cls: source.OurClass):
-        assert cls.inherited_attributes(), "the reading finds none"
         base = cls.base.resolve()
         missing = [name for name in sorted(cls.inherited_attributes()) if not source.has_attribute(base, name)]
         assert not missing, f"{cls.file} reads {missing} from self, which {cls.base.name} does not set any more"
@@ -97,6 +97,10 @@ class TestFunctions:
             ("vllm.engine.arg_utils:EngineArgs.add_cli_args", "parser"),
             ("vllm.v1.worker.worker_base:WorkerWrapperBase.init_device", "self"),
             ("vllm.v1.worker.gpu.spec_decode:init_speculator", "vllm_config device req_states"),
+            ("vllm.config:SchedulerConfig.get_scheduler_cls", "self"),
+            ("vllm.sampling_params:SamplingParams._validate_spec_decode", "self speculative_config"),
+            ("vllm.v1.metrics.loggers:StatLoggerManager.__init__", "self vllm_config"),
+            ("vllm.v1.worker.gpu_worker:Worker.execute_model", "self scheduler_output"),
         ],
     )
     def test_parameters_by_position(self, function: str, order: str):

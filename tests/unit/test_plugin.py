@@ -16,6 +16,7 @@ import vllm.v1.worker.gpu.model_runner as runner_v2
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -73,7 +74,7 @@ class TestEntryPoint:
         )
         engine = ["", ".command_line", ".patches", ".support", ".wrap"]
         ours = ["vllm_del", "vllm_del.asking", "vllm_del.config", *(f"vllm_del.engine{m}" for m in engine)]
-        ours += ["vllm_del.plugin", "vllm_del.policy", "vllm_del.policy.envelope", "vllm_del.wishes"]
+        ours += ["vllm_del.plugin", "vllm_del.wishes"]
         assert run_python(code, tmp_path) == str(ours)
 
     def test_kernels_is_ours_only_inside_our_package(self, tmp_path: Path):
@@ -250,7 +251,7 @@ class TestWorker:
     def test_not_asked_for(self, name, runner, configs, patched, monkeypatch):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
         self.start(configs[name])
-        assert patched <= {(WorkerWrapperBase, "init_device")}
+        assert patched <= {(WorkerWrapperBase, "init_device"), (StatLoggerManager, "__init__")}
 
     def test_v1(self, configs, patched, monkeypatch):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")

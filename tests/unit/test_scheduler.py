@@ -15,6 +15,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_del.engine.messages import Report
+
 BLOCK = 16
 LONGEST = 6
 SPEC = {"method": "del", "num_speculative_tokens": LONGEST}
@@ -149,7 +151,7 @@ def _work(
         seen.lengths.setdefault(request_id, []).append(len(drafts))
     result = ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled, None, {}, {})
     if wanted is not None:
-        result.del_wanted_lengths = {r: wanted(r) for r in ids}
+        result.del_report = Report(wanted={r: wanted(r) for r in ids})
     return result
 
 

@@ -15,6 +15,7 @@ import torch
 
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
 from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.draft.tally import Counts, Tally
 from vllm_del.policy.acceptance import AcceptanceStatistics
 from vllm_del.policy.cost import CostTables
 from vllm_del.policy.objective import best_by_tokens_per_layer
@@ -42,6 +43,8 @@ class Verified:
     longest: int
     # of the step, prompts included
     num_tokens: int
+    # whether every row was past its prompt before
+    only_decodes: bool
     # rows that ended their prompt in this step, and how many of its positions before the last one count
     ended: Sequence[tuple[int, int]]
     # rows of sequences seen for the first time
@@ -94,13 +97,31 @@ class DynamicPolicy:
         self._exit = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._length = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._confidence = torch.zeros(num_slots, max_length, device=device)
+        # What was expected of it, and whether it might have been longer than 0: [slots] each
+        self._expected = torch.zeros(num_slots, dtype=torch.float64, device=device)
+        self._allowed = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self._tally = Tally(len(exits), max_length)
+        self._late_counts = Late(first=None)
+        # When the last round began, of whom, and the seconds it was planned to take
+        self._began = 0.0
+        self._round: tuple[float, torch.Tensor, torch.Tensor] | None = None
         self._bounds = Late((len(exits) - 1, max_length))
 
     def forget(self, slots: torch.Tensor) -> None:
         self.statistics.reset(slots)
         self._length.index_fill_(0, slots, 0)
+        self._allowed.index_fill_(0, slots, False)
+
+    def counts(self) -> Counts | None:
+        """What happened since last time, if it is time to tell."""
+        if not self._tally.is_due:
+            return None
+        values = self._tally.flush()
+        known = values.tolist() if self._on_host else self._late_counts.exchange(values)[0]
+        return self._tally.counts(known) if known else None
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
+        self._count(slots, verified)
         if self._planner and self._stopwatch:
             self._planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens))
         self._shadow.earn(verified.num_tokens)
@@ -135,6 +156,17 @@ class DynamicPolicy:
             scored.view(-1)[places] |= new
         self.statistics.observe(slots, matched, confidence, scored)
 
+    def _count(self, slots: torch.Tensor, verified: Verified) -> None:
+        drafted = torch.minimum(verified.drafted, self._length[slots])
+        accepted = torch.minimum(verified.accepted, drafted)
+        allowed = self._allowed[slots] & verified.sampled
+        self._tally.add(self._exit[slots], drafted, accepted, self._expected[slots], allowed)
+        now = time.perf_counter()
+        if self._round is not None and verified.only_decodes and self._round[1] is slots:
+            self._tally.add_time(self._round[2], now - self._round[0])
+        self._round = None
+        self._began = now
+
     def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
         row = torch.tensor([row for row, positions in verified.ended for _ in range(positions)], device=slots.device)
@@ -168,12 +200,15 @@ class DynamicPolicy:
             acceptance = self.statistics.estimate(slots)
             decision = self._planner.plan(acceptance, limit, torch.tensor(len(slots)))
             exit, length = decision.exit, decision.length
+            self._round = self._began, slots, decision.draft_time + decision.verify_time
             # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it
             # may still be accepted: it ends a draft only if the next one would also not be worth its time. The chance
             # of both is taken to be in proportion to confidence, which has its mean where acceptance has its own.
             pays_above = self.statistics.confidence(slots) * decision.worth.unsqueeze(1) / acceptance.square()
             stop_below = torch.minimum(stop_below, pays_above)
-        stop_below = stop_below.gather(1, exit.unsqueeze(1)).squeeze(1)
+        stop_below, expected = (values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (stop_below, acceptance))
+        self._expected[slots] = expected.nan_to_num()
+        self._allowed[slots] = limit > 0
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
         if self._on_host:
             deepest, longest = wanted.tolist()

@@ -23,11 +23,11 @@ from vllm_del.config import DelConfig
 from vllm_del.engine.command_line import accept_del
 from vllm_del.engine.support import check_supported
 from vllm_del.engine.wrap import wrap
-from vllm_del.policy.envelope import Allowance
 from vllm_del.wishes import longest_wished
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 OUR_SCHEDULERS = "vllm_del.engine.scheduler"
@@ -49,6 +49,13 @@ def _watch_workers() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     wrap(WorkerWrapperBase, "init_device", _install_the_drafter)
+
+
+def _watch_statistics() -> None:
+    """As `_watch_workers`, in the process that the engine's output comes to, which is the one that asks."""
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    wrap(StatLoggerManager, "__init__", _count_for_prometheus)
 
 
 def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -101,6 +108,7 @@ def _build_del_config(original: Callable, self: EngineArgs, *args: Any, **kwargs
     if not asks_for_del(self.speculative_config, self.spec_method):
         return original(self, *args, **kwargs)
     _watch_workers()
+    _watch_statistics()
     if self.spec_model is not None:
         raise ValueError(f"--spec-model {self.spec_model!r}: method 'del' drafts with the served model; leave it out")
     given = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
@@ -152,7 +160,7 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
         for name, patch in (
             ("compile_or_warm_up_model", _prepare_to_serve),
             ("execute_model", _hand_over_the_allowance),
-            ("sample_tokens", _report_wanted_lengths),
+            ("sample_tokens", _report),
         ):
             wrap(type(self.worker), name, patch)
 
@@ -175,20 +183,35 @@ def _hand_over_the_allowance(
 
     Why: a drafter gets one draft length for all. A scheduler of the user's own says nothing, and reserves the largest.
     """
-    if isinstance(self.vllm_config.speculative_config, DelConfig):
-        _drafter(self).allowance = getattr(scheduler_output, "del_allowance", None) or Allowance()
+    if (allowance := getattr(scheduler_output, "del_allowance", None)) is not None:
+        _drafter(self).allowance = allowance
     return original(self, scheduler_output, *args, **kwargs)
 
 
-def _report_wanted_lengths(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
-    """[registry] The scheduler is told how long the next drafts are going to be, so that it places as many.
+def _report(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
+    """[registry] The scheduler is told how long the next drafts are going to be, so that it places as many, and what
+    came of the last ones.
 
-    Why: scheduling asynchronously, vLLM knows one number of drafts for all requests.
+    Why: scheduling asynchronously, vLLM knows one number of drafts for all requests, and its drafters count nothing.
     """
     output = original(self, *args, **kwargs)
-    if isinstance(self.vllm_config.speculative_config, DelConfig) and self.vllm_config.use_v2_model_runner:
-        getattr(output, "model_runner_output", output).del_wanted_lengths = _drafter(self).wanted_lengths
+    if isinstance(self.vllm_config.speculative_config, DelConfig) and output is not None:
+        getattr(output, "model_runner_output", output).del_report = _drafter(self).report
     return output
+
+
+def _count_for_prometheus(original: Callable, self: "StatLoggerManager", *args: Any, **kwargs: Any) -> None:
+    """[registry] Our metrics and our line of the log, beside vLLM's own.
+
+    Why: a logger that is installed as vLLM's plugin is made for everyone, and switches statistics on for them.
+    """
+    original(self, *args, **kwargs)
+    vllm_config = inspect.signature(original).bind(self, *args, **kwargs).arguments["vllm_config"]
+    if isinstance(vllm_config.speculative_config, DelConfig):
+        from vllm_del.engine.stat_logger import DelStatLogger
+
+        # Before the others: it takes what is ours out of the statistics.
+        self.stat_loggers.insert(0, DelStatLogger(vllm_config, self.engine_indexes))
 
 
 def _drafter(worker: "WorkerBase") -> Any:

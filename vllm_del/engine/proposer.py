@@ -26,9 +26,9 @@ from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
+from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
-from vllm_del.policy.envelope import Allowance
 
 
 class DelProposer(DraftModelProposer):
@@ -42,7 +42,7 @@ class DelProposer(DraftModelProposer):
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_batch_size, device)
         self.num_drafts: list[int] | None = None
-        self.allowance = Allowance()
+        self.allowance, self.report = Allowance(), Report()
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's early layers as the draft network. Loads nothing.
@@ -157,6 +157,7 @@ class DelProposer(DraftModelProposer):
         draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
         if isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts)
+            self.report = Report(counts=self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
 
     def _verified(
@@ -188,6 +189,7 @@ class DelProposer(DraftModelProposer):
             next_token=next_token,
             sampled=sampled,
             longest=max(num_drafts, default=0) if num_drafts else 0,
+            only_decodes=not ended.any() and bool(sampled.all()),
             num_tokens=int(ends[-1]),
             ended=[(int(row), min(PROMPT_POSITIONS, int(room[row]))) for row in ended.nonzero()[0]],
             # A request that was preempted begins again with what it had generated.

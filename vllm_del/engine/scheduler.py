@@ -5,14 +5,18 @@ long a draft each request may make (`Allowance`), reserves no more look-ahead th
 many drafts as the worker is going to make, which the worker reports back.
 """
 
+from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_del.policy.envelope import Allowance, Reserve, longest_draft, longest_in_room, room_in_blocks, slots_for
+from vllm_del.engine.messages import STATISTICS_KEY, Allowance, Report
+from vllm_del.policy.envelope import Reserve, longest_draft, longest_in_room, room_in_blocks, slots_for
 from vllm_del.wishes import longest_wished
 
 if TYPE_CHECKING:
@@ -33,6 +37,9 @@ class _SizesDrafts(Scheduler):
         slots = slots_for(self._most)
         self._reserve = Reserve(sum(-(-slots // group.block_size) for group in self._groups), slots)
         self._allowance = Allowance()
+        # Since the last statistics: what workers counted, and rounds without a draft by reason
+        self._counts: list[dict[str, Any]] = []
+        self._undrafted: Counter[str] = Counter()
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_room_for_drafts
 
@@ -45,6 +52,26 @@ class _SizesDrafts(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         scheduler_output.del_allowance = self._allowance
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: "ModelRunnerOutput"
+    ) -> "dict[int, EngineCoreOutputs]":
+        report = getattr(model_runner_output, "del_report", None)
+        if report is not None:
+            self._take(report)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _take(self, report: Report) -> None:
+        if report.counts is not None and self.log_stats:
+            self._counts.append(asdict(report.counts))
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """With what was counted."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and (self._counts or self._undrafted):
+            stats.kv_connector_stats = {STATISTICS_KEY: {"counts": self._counts, **self._undrafted}}
+            self._counts, self._undrafted = [], Counter()
+        return stats
 
     def update_draft_token_ids(self, draft_token_ids: "DraftTokenIds") -> None:
         """Of a synchronous step: the drafts that the next one verifies, and how many a request wants is known."""
@@ -83,6 +110,8 @@ class _SizesDrafts(Scheduler):
             )
             if blocks is not None and length < self._most:
                 self._allowance.longest[request.request_id] = length
+                if not length and end >= request.num_tokens:
+                    self._undrafted["no_room" if wish else "not_wanted"] += 1
             return blocks
 
         end = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens + num_new_tokens
@@ -138,10 +167,7 @@ class DelAsyncScheduler(_SizesDrafts, AsyncScheduler):
                 if number < self._most:
                     verified[request_id] = number
 
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: "ModelRunnerOutput"
-    ) -> "dict[int, EngineCoreOutputs]":
-        wanted = getattr(model_runner_output, "del_wanted_lengths", None)
-        if wanted:
-            self._wanted, self._usual = wanted, max(wanted.values())
-        return super().update_from_output(scheduler_output, model_runner_output)
+    def _take(self, report: Report) -> None:
+        super()._take(report)
+        if report.wanted:
+            self._wanted, self._usual = report.wanted, max(report.wanted.values())

@@ -28,9 +28,9 @@ from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
+from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots, upload
-from vllm_del.policy.envelope import Allowance
 
 
 class DelSpeculator(DraftModelSpeculator):
@@ -46,9 +46,7 @@ class DelSpeculator(DraftModelSpeculator):
         torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_num_reqs, device)
-        self.allowance = Allowance()
-        # For the scheduler: by request, how long a draft the policy wants.
-        self.wanted_lengths: dict[str, int] | None = None
+        self.allowance, self.report = Allowance(), Report()
         self._late_lengths = Late(first=())
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -169,6 +167,7 @@ class DelSpeculator(DraftModelSpeculator):
         draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
         if not dummy_run and isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts)
+            self.report.counts = self.policy.counts()
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
 
@@ -188,7 +187,7 @@ class DelSpeculator(DraftModelSpeculator):
         plan = self.policy.plan(slots, limit)
         if isinstance(self.policy, DynamicPolicy):
             lengths, requests = self._late_lengths.exchange(plan.length, request_ids)
-            self.wanted_lengths = dict(zip(requests or (), lengths, strict=True))
+            self.report = Report(wanted=dict(zip(requests or (), lengths, strict=True)))
         if verified:
             lengths = [verified.get(request, num_steps) for request in request_ids]
             plan.length = torch.minimum(plan.length, upload(lengths, self.device))
@@ -225,6 +224,7 @@ class DelSpeculator(DraftModelSpeculator):
             sampled=sampled,
             longest=self.num_speculative_steps if batch.num_draft_tokens else 0,
             num_tokens=batch.num_tokens,
+            only_decodes=bool((batch.num_computed_prefill_tokens_np >= batch.prefill_len_np).all()),
             ended=[
                 (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1)) for row in ended.nonzero()[0]
             ],

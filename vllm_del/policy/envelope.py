@@ -6,17 +6,7 @@ and do not take from another sequence the block that it needs to go on.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-
-
-@dataclass
-class Allowance:
-    """What the scheduler tells the worker with a step, by request id; who is not named may draft the most there is."""
-
-    # the longest draft there is room for
-    longest: dict[str, int] = field(default_factory=dict)
-    # how many drafts the next step verifies; `None` if it takes as many as were made
-    verified: dict[str, int] | None = None
+from dataclasses import dataclass
 
 
 def longest_draft(wish: int, still_wanted: int) -> int:

@@ -1,0 +1,89 @@
+"""Counts what a policy drafted and what came of it, for those who watch the server.
+
+A round costs one small tensor operation; what is counted is added up every few rounds.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_ROUNDS = 8
+FLUSH_SECONDS = 0.1
+"""Added up after so many rounds or so much time, whichever is first."""
+
+
+@dataclass
+class Counts:
+    """What happened since the last ones. Of rounds that might have drafted; a trial is a draft whose fate is known."""
+
+    # by exit: tokens drafted; of these those accepted, those tried, and the acceptances expected of the tried ones
+    drafted: list[float]
+    accepted: list[float]
+    tried: list[float]
+    expected: list[float]
+    # by draft length, 0 included: rounds of a sequence
+    lengths: list[float]
+    # seconds of whole rounds, as planned and by the clock
+    planned_seconds: float
+    measured_seconds: float
+
+
+class Tally:
+    """Device tensors in, `Counts` out."""
+
+    def __init__(self, num_exits: int, max_length: int) -> None:
+        self._num_exits = num_exits
+        self._max_length = max_length
+        self._rounds: list[torch.Tensor] = []
+        self._planned: list[torch.Tensor] = []
+        self._measured = 0.0
+        self._begun = time.perf_counter()
+
+    def add(
+        self,
+        # [rows]: an index into the exits, tokens drafted and of these the accepted, the acceptance rate that was
+        # expected, and whether the row might have drafted
+        exit: torch.Tensor,
+        drafted: torch.Tensor,
+        accepted: torch.Tensor,
+        expected: torch.Tensor,
+        allowed: torch.Tensor,
+    ) -> None:
+        """A round's outcome."""
+        self._rounds.append(torch.stack([values.double() for values in (exit, drafted, accepted, expected, allowed)]))
+
+    def add_time(self, planned: torch.Tensor, measured: float) -> None:
+        """Seconds of a round from its begin to the next one's: scalar float64, and by the clock."""
+        self._planned.append(planned)
+        self._measured += measured
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to add up."""
+        late = time.perf_counter() - self._begun > FLUSH_SECONDS
+        return bool(self._rounds) and (late or len(self._rounds) >= FLUSH_ROUNDS)
+
+    def flush(self) -> torch.Tensor:
+        """All that was added, summed: a vector for `counts`. Begins anew."""
+        exit, drafted, accepted, expected, allowed = torch.cat(self._rounds, dim=1)
+        tried = accepted + (accepted < drafted)
+        by_exit = torch.zeros(4, self._num_exits, dtype=torch.float64, device=exit.device)
+        by_exit.index_add_(1, exit.long(), torch.stack((drafted, accepted, tried, expected * tried)))
+        lengths = torch.zeros(self._max_length + 1, dtype=torch.float64, device=exit.device)
+        lengths.index_add_(0, drafted.long(), allowed)
+        planned = torch.stack(self._planned).sum() if self._planned else exit.new_zeros(())
+        times = torch.stack((planned, exit.new_full((), self._measured)))
+        self._rounds, self._planned, self._measured = [], [], 0.0
+        self._begun = time.perf_counter()
+        return torch.cat((by_exit.flatten(), lengths, times))
+
+    def counts(self, values: list[float]) -> Counts:
+        """What a vector of `flush` says."""
+        parts = []
+        for size in (*[self._num_exits] * 4, self._max_length + 1):
+            parts.append(values[:size])
+            values = values[size:]
+        drafted, accepted, tried, expected, lengths = parts
+        planned, measured = values
+        return Counts(drafted, accepted, tried, expected, lengths, planned, measured)

@@ -1,0 +1,28 @@
+"""What scheduler, workers and loggers tell each other beside what vLLM carries, attached to the outputs it passes."""
+
+from dataclasses import dataclass, field
+
+from vllm_del.draft.tally import Counts
+
+STATISTICS_KEY = "vllm_del"
+"""Under which counts go with vLLM's statistics, in the field for a KV connector's: `del` serves no KV connector."""
+
+
+@dataclass
+class Allowance:
+    """With a step, by request id; who is not named may draft the most there is."""
+
+    # the longest draft there is room for
+    longest: dict[str, int] = field(default_factory=dict)
+    # how many drafts the next step verifies; `None` if it takes as many as were made
+    verified: dict[str, int] | None = None
+
+
+@dataclass
+class Report:
+    """With a step's output."""
+
+    # by request id, how long a draft the policy wants to make; `None` where the drafts themselves come back in time
+    wanted: dict[str, int] | None = None
+    # if some are due
+    counts: Counts | None = None
