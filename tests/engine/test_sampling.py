@@ -18,9 +18,8 @@ from tests.engine.host import Host
 VOCAB = {"v1": 8, "v2": 4}
 LENGTH = {"v1": 3, "v2": 2}
 SAMPLES = {"v1": 24_000, "v2": 6_000}
-SPEC = {
-    runner: {"method": "del", "del_exit_layers": 2, "num_speculative_tokens": LENGTH[runner] - 1} for runner in LENGTH
-}
+# Two that draft from the first round on: a fixed one, and one that ends drafts by their confidence.
+POLICIES = {"fixed": {"del_policy": "fixed"}, "tpl": {"del_objective": "tpl"}}
 # The odds of a draft that a wrong rule accepts by. A token of probability 0.5 is then accepted at 0.545, or 0.556.
 WRONG_ODDS = {"v1": 1.2, "v2": 1.25}
 # Below this probability of chance a distribution counts as another one.
@@ -31,6 +30,10 @@ ENGINE = {"max_num_seqs": 128, "max_num_batched_tokens": 1024, "max_model_len": 
 pytestmark = pytest.mark.engine
 
 
+def spec(runner: str, policy: str) -> dict[str, Any]:
+    return {"method": "del", **POLICIES[policy], "del_exit_layers": 2, "num_speculative_tokens": LENGTH[runner] - 1}
+
+
 @pytest.fixture
 def model(host: Host, checkpoints: Path) -> str:
     """A vocabulary so small that joint distributions of a few tokens can be counted."""
@@ -39,9 +42,11 @@ def model(host: Host, checkpoints: Path) -> str:
 
 def sample(host: Host, model: str, sampling: dict[str, Any], spec: Any) -> tuple[Counter[tuple[int, ...]], int]:
     """Counts of the first tokens over many samples, and the tokens accepted on the way."""
-    params = {**sampling, "max_tokens": LENGTH[host.runner], "ignore_eos": True, "detokenize": False}
+    length = LENGTH[host.runner]
+    # One token more, as a draft has to leave one for the verification.
+    params = {**sampling, "max_tokens": length + 1, "ignore_eos": True, "detokenize": False}
     outcome = host.generate(model, [PROMPT] * SAMPLES[host.runner], params, spec, **ENGINE)
-    return Counter(completion.token_ids for (completion,) in outcome.completions), outcome.accepted
+    return Counter(completion.token_ids[:length] for (completion,) in outcome.completions), outcome.accepted
 
 
 @torch.inference_mode()
@@ -82,28 +87,30 @@ def p_value(counts: Counter[tuple[int, ...]], expected: Mapping[tuple[int, ...],
 
 
 CASES = [
-    ("v1", {"temperature": 1.0}),
-    ("v1", {"temperature": 0.7}),
-    ("v1", {"temperature": 1.0, "top_p": 0.8}),
-    ("v1", {"temperature": 0.7, "top_k": 4}),
-    ("v2", {"temperature": 1.0}),
-    ("v2", {"temperature": 0.7, "top_p": 0.9, "top_k": 3}),
+    ("v1", {"temperature": 1.0}, "fixed"),
+    ("v1", {"temperature": 0.7}, "tpl"),
+    ("v1", {"temperature": 1.0, "top_p": 0.8}, "tpl"),
+    ("v1", {"temperature": 0.7, "top_k": 4}, "fixed"),
+    ("v2", {"temperature": 1.0}, "tpl"),
+    ("v2", {"temperature": 0.7, "top_p": 0.9, "top_k": 3}, "fixed"),
 ]
 
 
-@pytest.mark.parametrize(("host", "sampling"), CASES, indirect=["host"], ids=str)
-def test_same_joint_distribution(host: Host, model: str, sampling: dict[str, Any]) -> None:
-    on, accepted = sample(host, model, sampling, SPEC[host.runner])
+@pytest.mark.parametrize(("host", "sampling", "policy"), CASES, indirect=["host"], ids=str)
+def test_same_joint_distribution(host: Host, model: str, sampling: dict[str, Any], policy: str) -> None:
+    on, accepted = sample(host, model, sampling, spec(host.runner, policy))
     assert accepted > 0
     assert len(on) > 3
     assert p_value(on, exact(model, LENGTH[host.runner], sampling)) > CHANCE
 
 
-@pytest.mark.parametrize(("host", "sampling"), CASES[:4], indirect=["host"], ids=str)
-def test_the_distribution_compared_with_is_that_without_del(host: Host, model: str, sampling: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("host", "sampling", "policy"), CASES[:4], indirect=["host"], ids=str)
+def test_the_distribution_compared_with_is_that_without_del(
+    host: Host, model: str, sampling: dict[str, Any], policy: str
+) -> None:
     """What vLLM samples without `del` has the computed distribution, and `del`'s samples are like its samples."""
     off, _ = sample(host, model, sampling, None)
-    on, _ = sample(host, model, sampling, SPEC[host.runner])
+    on, _ = sample(host, model, sampling, spec(host.runner, policy))
     assert p_value(off, exact(model, LENGTH[host.runner], sampling)) > CHANCE
     assert p_value(on, off) > CHANCE
 
@@ -112,7 +119,7 @@ def test_a_wrong_rejection_rule_is_noticed(host: Host, model: str) -> None:
     """The tests above have the power they need: drafts accepted a few percent too often fail them."""
     host.call(_favour_drafts, host.runner, WRONG_ODDS[host.runner])
     try:
-        on, _ = sample(host, model, {"temperature": 1.0}, SPEC[host.runner])
+        on, _ = sample(host, model, {"temperature": 1.0}, spec(host.runner, "fixed"))
     finally:
         host.call(_favour_drafts, host.runner, None)
     assert p_value(on, exact(model, LENGTH[host.runner], {"temperature": 1.0})) < CHANCE

@@ -1,6 +1,5 @@
 """The main job, as a user runs it: `vllm serve MODEL --speculative-config del`, and the OpenAI client."""
 
-import contextlib
 import os
 import re
 import signal
@@ -12,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from tests.conftest import DEMO_MODEL
 
@@ -73,16 +73,6 @@ class Server:
         return sum(map(float, values))
 
 
-def of_session(leader: int) -> list[int]:
-    """The processes of the session that `leader` began, itself not included."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getsid(int(entry.name)) == leader and int(entry.name) != leader:
-                found.append(int(entry.name))
-    return found
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server") / "log.txt")
@@ -121,6 +111,28 @@ def test_serve_stream_four_at_once_count_and_stop(server: Server) -> None:
     assert drafted >= rounds
     assert 0 < accepted <= drafted
 
+    # Where the tokens left, and that a request may say how it wants it.
+    assert 0 < server.metric("vllm:del_accepted_tokens_total") <= server.metric("vllm:del_drafted_tokens_total")
+    assert server.metric("vllm:del_measured_seconds_total") > 0
+
+    def complete_with(wish: str) -> str:
+        body = {"vllm_xargs": {"del": wish}}
+        answer = client.completions.create(
+            model="demo", prompt=PROMPTS[0], max_tokens=64, temperature=0, extra_body=body
+        )
+        return answer.choices[0].text
+
+    drafted = server.metric("vllm:spec_decode_num_draft_tokens_total")
+    assert complete_with('{"enabled": false}') == texts[0]
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") == drafted
+    with pytest.raises(BadRequestError, match=r"max_draft.*-1 is not understood"):
+        complete_with('{"max_draft": -1}')
+    assert complete_with('{"max_draft": 2}') == texts[0]
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") > drafted
+
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert children
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(STOP_SECONDS) == 0
-    assert not of_session(server.process.pid), "processes of the server are left"
+    _, left = psutil.wait_procs(children, STOP_SECONDS)
+    assert not left
