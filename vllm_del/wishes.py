@@ -24,7 +24,7 @@ def longest_wished(extra_args: dict[str, Any] | None, longest: int) -> int:
     if isinstance(wish, str):
         try:
             wish = json.loads(wish)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise ValueError(f"extra_args[{KEY!r}]={wish!r} is no JSON: give {_FORM}") from None
     if not isinstance(wish, dict):
         raise ValueError(f"extra_args[{KEY!r}]={wish!r} is not understood: give {_FORM}")

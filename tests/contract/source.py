@@ -79,7 +79,8 @@ class OurClass:
             for node in self.tree.body
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         }
-        return read - made - declared - self.methods()
+        methods = {node.name for tree in ours for node in tree.body if isinstance(node, ast.FunctionDef)}
+        return read - made - declared - self.methods() - methods
 
 
 @functools.cache

@@ -12,6 +12,8 @@ import pytest
 
 from tests.contract import source
 from tests.contract.places import (
+    RUNNER_V1,
+    RUNNER_V2,
     at,
     parameters,
 )
@@ -83,7 +85,7 @@ class TestPatches:
             for use_v2, kind in ((False, "cpu_worker:CPUWorker"), (True, "gpu_worker:Worker")):
                 vllm_config = SimpleNamespace(speculative_config=config, use_v2_model_runner=use_v2)
                 worker = object.__new__(at(f"vllm.v1.worker.{kind}"))
-                worker.model_runner = SimpleNamespace()
+                worker.model_runner = object.__new__(at(RUNNER_V2 if use_v2 else RUNNER_V1))
                 patches._install_the_drafter(lambda _: None, SimpleNamespace(vllm_config=vllm_config, worker=worker))
         return entries
 

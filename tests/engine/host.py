@@ -101,6 +101,7 @@ COSTS = {
     "rows": _ROWS,
     "step": (0.1, 0.1),
     "layer": (0.5, 0.6),
+    "head_rows": _ROWS,
     "head": (0.5, 0.6),
     "tokens": _TOKENS,
     "verify": (6.0, 9.0),

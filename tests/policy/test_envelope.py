@@ -35,16 +35,23 @@ def test_room_is_what_all_groups_have(end: int, held: list[tuple[int, int]]) -> 
 
 
 def test_newcomers_leave_the_reserve_only_for_a_while_after_drafts_took_a_block() -> None:
-    reserve = Reserve(blocks_per_sequence=2, steps=5)
-    assert reserve.for_newcomer(3, step=0) == 0
-    reserve.taken(10)
-    assert [reserve.for_newcomer(3, step) for step in (10, 15, 16)] == [6, 6, 0]
+    reserve = Reserve(blocks_per_sequence=2, steps=3)
+    reserve.begin_step()
+    assert reserve.for_newcomer(3) == 0
+    reserve.taken()
+    seen = []
+    for _ in range(5):
+        seen.append(reserve.for_newcomer(3))
+        reserve.begin_step()
+    assert seen == [6, 6, 6, 6, 0]
 
 
-def test_while_a_newcomer_waits_drafts_take_no_block() -> None:
+def test_in_the_step_after_a_newcomer_was_kept_out_drafts_take_no_block() -> None:
     reserve = Reserve(blocks_per_sequence=2, steps=5)
+    reserve.begin_step()
     assert reserve.for_drafts(4) == 8
-    reserve.newcomer_waits(True)
+    reserve.newcomer_waits()
+    reserve.begin_step()
     assert reserve.for_drafts(4) is None
-    reserve.newcomer_waits(False)
+    reserve.begin_step()
     assert reserve.for_drafts(4) == 8

@@ -15,22 +15,38 @@ from vllm_del.policy.planner import CAUTION, HYSTERESIS, Planner
 DEPTHS = [2, 5]
 LENGTH = 3
 ROWS = 3
+CONTEXT = 100
 CPU = torch.device("cpu")
 
 
 def costs(
-    layer: float, layer_row: float, head: float, token: float, step: float = 0.1, base: float = 16.0
+    layer: float,
+    layer_row: float,
+    head: float,
+    token: float,
+    step: float = 0.1,
+    base: float = 16.0,
+    of_context: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> CostTables:
-    """Of a model of 16 layers: a base and a part by row, as memory-bound hardware has them."""
+    """Of a model of 16 layers: a base and a part by row, as memory-bound hardware has them.
+
+    `of_context`: of a layer of a draft step, of a verification, and of a draft in it.
+    """
     places = tuple(range(1, 13))
     return CostTables(
         MeasuredCosts(
             rows=places,
             step=tuple(step for _ in places),
             layer=tuple(layer + layer_row * n for n in places),
+            head_rows=places,
             head=tuple(head for _ in places),
             tokens=places,
-            verify=tuple(base + token * n for n in places),
+            verify=tuple(base + (token + of_context[1] * CONTEXT) * n for n in places),
+            verify_each=1,
+            context=CONTEXT,
+            layer_context=of_context[0],
+            verify_context=of_context[1],
+            token_context=of_context[2],
         ),
         max_rows=ROWS,
         max_length=LENGTH,
@@ -38,19 +54,25 @@ def costs(
     )
 
 
-def settled(planner: Planner, acceptance: torch.Tensor, limit: torch.Tensor):
+def settled(planner: Planner, acceptance: torch.Tensor, limit: torch.Tensor, context: torch.Tensor | None = None):
     """The plan once the price does not change any more: rounds that are alike."""
     for _ in range(6):
-        decision = planner.plan(acceptance, limit, torch.tensor(len(limit)))
+        decision = planner.plan(acceptance, limit, torch.full_like(limit, CONTEXT) if context is None else context)
     return decision
 
 
-def goodput(tables: CostTables, acceptance: list[list[float]], plan: list[tuple[int, int]]) -> float:
+def goodput(
+    tables: CostTables, acceptance: list[list[float]], plan: list[tuple[int, int]], context: list[int]
+) -> float:
     """Expected tokens over time, written out; `plan` is (exit, length) by row."""
     tokens = sum(
         sum(rates[exit] ** k for k in range(length + 1)) for rates, (exit, length) in zip(acceptance, plan, strict=True)
     )
     seconds = float(tables.verify[len(plan) + sum(length for _, length in plan)])
+    seconds += tables.verify_context * sum(context)
+    for (exit, length), tokens_before in zip(plan, context, strict=True):
+        of_draft = DEPTHS[exit] * tables.layer_context + tables.token_context
+        seconds += length * (tokens_before - CONTEXT) * of_draft
     for step in range(LENGTH):
         drafting = [exit for exit, length in plan if length > step]
         if drafting:
@@ -60,9 +82,9 @@ def goodput(tables: CostTables, acceptance: list[list[float]], plan: list[tuple[
     return tokens / seconds
 
 
-def best_goodput(tables: CostTables, acceptance: list[list[float]], limit: list[int]) -> float:
+def best_goodput(tables: CostTables, acceptance: list[list[float]], limit: list[int], context: list[int]) -> float:
     choices = [[(exit, length) for exit in range(len(DEPTHS)) for length in range(most + 1)] for most in limit]
-    return max(goodput(tables, acceptance, list(plan)) for plan in itertools.product(*choices))
+    return max(goodput(tables, acceptance, list(plan), context) for plan in itertools.product(*choices))
 
 
 rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
@@ -75,19 +97,22 @@ rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
     layer_row=st.floats(0.0, 0.2),
     head=st.floats(0.0, 4.0),
     token=st.floats(0.0, 3.0),
+    of_context=st.tuples(st.floats(0.0, 0.01), st.floats(0.0, 0.1), st.floats(0.0, 0.01)),
     seed=st.integers(0, 99),
 )
-def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, seed) -> None:
+def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, of_context, seed) -> None:
     """Within what hysteresis leaves, and the planner's one approximation: that every step goes as deep as the first."""
-    tables = costs(layer, layer_row, head, token)
+    tables = costs(layer, layer_row, head, token, of_context=of_context)
     rng = random.Random(seed)
     limit = [rng.choice([0, LENGTH, LENGTH]) for _ in acceptance]
-    decision = settled(Planner(torch.tensor(DEPTHS), tables, LENGTH), torch.tensor(acceptance), torch.tensor(limit))
+    context = [rng.choice([CONTEXT, 500, 3000]) for _ in acceptance]
+    planner = Planner(torch.tensor(DEPTHS), tables, LENGTH)
+    decision = settled(planner, torch.tensor(acceptance), torch.tensor(limit), torch.tensor(context))
     plan = list(zip(decision.exit.tolist(), decision.length.tolist(), strict=True))
     assert all(length <= most for (_, length), most in zip(plan, limit, strict=True))
-    reached = goodput(tables, acceptance, plan)
+    reached = goodput(tables, acceptance, plan, context)
     assert reached == pytest.approx(float(decision.tokens / (decision.draft_time + decision.verify_time)))
-    assert reached >= best_goodput(tables, acceptance, limit) * (1 - HYSTERESIS - CAUTION - 0.02)
+    assert reached >= best_goodput(tables, acceptance, limit, context) * (1 - HYSTERESIS - CAUTION - 0.02)
 
 
 def test_nothing_is_drafted_where_it_does_not_pay() -> None:
@@ -107,14 +132,23 @@ def test_one_plan_for_easy_and_hard_sequences_side_by_side() -> None:
     assert decision.length.tolist() == [LENGTH, 0]
 
 
+def test_a_long_context_makes_drafts_dear() -> None:
+    """Of two sequences that are as easy, the one whose context makes each draft step dear drafts nothing."""
+    tables = costs(layer=1.0, layer_row=0.0, head=1.0, token=0.2, of_context=(0.001, 0.0, 0.0))
+    planner = Planner(torch.tensor(DEPTHS), tables, LENGTH)
+    context = torch.tensor([CONTEXT, 8000])
+    decision = settled(planner, torch.full((2, 2), 0.9), torch.full((2,), LENGTH), context)
+    assert decision.length.tolist() == [LENGTH, 0]
+
+
 def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
     """Noise of a percent around the rate at which drafting begins to pay does not switch it on and off."""
     tables = costs(layer=1.0, layer_row=0.0, head=1.0, token=0.2)
     planner = Planner(torch.tensor([4]), tables, LENGTH)
-    limit, rows = torch.tensor([LENGTH]), torch.tensor(1)
+    limit, context = torch.tensor([LENGTH]), torch.tensor([CONTEXT])
 
     def drafts(rate: float) -> bool:
-        return bool(planner.plan(torch.tensor([[rate]]), limit, rows).length.any())
+        return bool(planner.plan(torch.tensor([[rate]]), limit, context).length.any())
 
     edge = next(rate / 1000 for rate in range(1000) if drafts(rate / 1000))
     noise = random.Random(0)
@@ -126,14 +160,16 @@ def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
 
 def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
     """The figure promised for the CPU backend; the median of many, as the machine may be busy."""
-    tables = CostTables(MeasuredCosts((1, 8), (0.1, 0.1), (1.0, 1.5), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU)
+    tables = CostTables(
+        MeasuredCosts((1, 8), (0.1, 0.1), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU
+    )
     planner = Planner(torch.tensor([2, 3, 5, 8]), tables, 8)
     acceptance = torch.rand(8, 4, dtype=torch.float64)
-    limit, rows = torch.full((8,), 8), torch.tensor(8)
+    limit, context = torch.full((8,), 8), torch.full((8,), 300)
     times = []
     for _ in range(101):
         begin = time.perf_counter()
-        planner.plan(acceptance, limit, rows)
+        planner.plan(acceptance, limit, context)
         times.append(time.perf_counter() - begin)
     print(f"{sorted(times)[50] * 1e3:.3f} ms")
     assert sorted(times)[50] < 1e-3

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +200,12 @@ class Worker:
 
     def compile_or_warm_up_model(self) -> None: ...
 
+
+class Runner:
+    """What is looked for on a model runner."""
+
+    use_aux_hidden_state_outputs = False
+
     def execute_model(self) -> None: ...
 
     def sample_tokens(self) -> None: ...
@@ -230,7 +235,7 @@ class TestWorker:
         reached = []
         wrapper = WorkerWrapperBase()
         wrapper.vllm_config = vllm_config
-        runner = SimpleNamespace(use_aux_hidden_state_outputs=False)
+        runner = Runner()
         wrapper.worker = Worker(reached, runner)
         wrapper.init_device()
         assert reached == [True]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
-from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
+from vllm_del.draft.upload import upload
 from vllm_del.policy.acceptance import AcceptanceStatistics
 from vllm_del.policy.cost import CostTables
 from vllm_del.policy.objective import best_by_tokens_per_layer
@@ -43,6 +44,8 @@ class Verified:
     longest: int
     # of the step, prompts included
     num_tokens: int
+    # [rows] int: the context length of each row
+    context: torch.Tensor
     # whether every row was past its prompt before
     only_decodes: bool
     # rows that ended their prompt in this step, and how many of its positions before the last one count
@@ -57,7 +60,7 @@ class FixedPolicy:
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
 
-    def plan(self, slots: torch.Tensor, limit: torch.Tensor) -> Plan:
+    def plan(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> Plan:
         never = torch.full(limit.shape, torch.nan, device=limit.device)
         return Plan(torch.zeros_like(limit), limit, never, deepest=0, longest=self.max_length)
 
@@ -123,7 +126,8 @@ class DynamicPolicy:
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
         self._count(slots, verified)
         if self._planner and self._stopwatch:
-            self._planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens))
+            contexts = float(verified.context.sum())
+            self._planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
         self._shadow.earn(verified.num_tokens)
         if verified.ended:
             self._observe_prompts(slots, verified)
@@ -142,7 +146,8 @@ class DynamicPolicy:
         number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel())
         if number:
             places = self._shadow.choose(wanted, number)
-            row, step, exit = torch.unravel_index(places, wanted.shape)
+            row, rest = places // (wanted.shape[1] * wanted.shape[2]), places % (wanted.shape[1] * wanted.shape[2])
+            step, exit = rest // wanted.shape[2], rest % wanted.shape[2]
             # What is not wanted may lie anywhere.
             last = verified.input_ids.shape[0] - 1
             at = (verified.start[row] + step).clamp_max(last)
@@ -169,8 +174,8 @@ class DynamicPolicy:
 
     def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
-        row = torch.tensor([row for row, positions in verified.ended for _ in range(positions)], device=slots.device)
-        back = torch.tensor([1 + i for _, positions in verified.ended for i in range(positions)], device=slots.device)
+        row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
+        back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
         each = len(self._each_exit) + 1
         number = self._shadow.affordable(len(row) * each) // each
         if not number:
@@ -182,7 +187,7 @@ class DynamicPolicy:
         token, probability = self._shadow.score(_at(verified.states, at, exit))
         token, probability = token.view(number, each), probability.view(number, each)
         # [rows, positions, exits]
-        shape = (len(slots), int(back.max()), each - 1)
+        shape = (len(slots), PROMPT_POSITIONS, each - 1)
         matched = torch.zeros(shape, dtype=torch.bool, device=slots.device)
         scored, confidence = torch.zeros_like(matched), torch.zeros(shape, device=slots.device)
         matched[row, back - 1] = token[:, :-1] == token[:, -1:]
@@ -190,7 +195,13 @@ class DynamicPolicy:
         scored[row, back - 1] = True
         self.statistics.observe(slots, matched, confidence, scored)
 
-    def plan(self, slots: torch.Tensor, limit: torch.Tensor) -> Plan:
+    def plan(
+        self,
+        # [rows] each: slots, the longest draft of each row, and its context length
+        slots: torch.Tensor,
+        limit: torch.Tensor,
+        context: torch.Tensor,
+    ) -> Plan:
         stop_below = self.statistics.stop_below(slots)
         if self._planner is None:
             acceptance = self.statistics.acceptance(slots)
@@ -198,7 +209,7 @@ class DynamicPolicy:
             length = limit
         else:
             acceptance = self.statistics.estimate(slots)
-            decision = self._planner.plan(acceptance, limit, torch.tensor(len(slots)))
+            decision = self._planner.plan(acceptance, limit, context)
             exit, length = decision.exit, decision.length
             self._round = self._began, slots, decision.draft_time + decision.verify_time
             # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it
@@ -206,15 +217,15 @@ class DynamicPolicy:
             # of both is taken to be in proportion to confidence, which has its mean where acceptance has its own.
             pays_above = self.statistics.confidence(slots) * decision.worth.unsqueeze(1) / acceptance.square()
             stop_below = torch.minimum(stop_below, pays_above)
-        stop_below, expected = (values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (stop_below, acceptance))
-        self._expected[slots] = expected.nan_to_num()
-        self._allowed[slots] = limit > 0
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
         if self._on_host:
             deepest, longest = wanted.tolist()
         else:
             (deepest, longest), _ = self._bounds.exchange(wanted)
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
+        stop_below, expected = (values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (stop_below, acceptance))
+        self._expected[slots] = expected.nan_to_num()
+        self._allowed[slots] = limit > 0
         return Plan(exit, length, stop_below, deepest, longest)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
@@ -239,11 +250,14 @@ class Stopwatch:
         """Drafting has ended."""
         self._started, self._slots = time.perf_counter(), slots
 
-    def overhead(self, slots: torch.Tensor, num_tokens: int) -> float:
-        """Seconds, after a verification of `num_tokens`. Before other sequences there may have been a pause."""
+    def overhead(self, slots: torch.Tensor, num_tokens: int, contexts: float) -> float:
+        """Seconds, after a verification of `num_tokens` of sequences whose context lengths add up to `contexts`.
+
+        Before other sequences there may have been a pause.
+        """
         if self._slots is slots:
             elapsed = time.perf_counter() - self._started
-            self._seen.append(max(0.0, elapsed - self._costs.verify_seconds(num_tokens)))
+            self._seen.append(max(0.0, elapsed - self._costs.verify_seconds(num_tokens, contexts)))
         return median(self._seen) if self._seen else 0.0
 
 

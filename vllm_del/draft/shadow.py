@@ -63,7 +63,10 @@ class ShadowScorer:
         states: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shadow tokens [pairs] int64, and their probabilities [pairs] float32."""
-        return self._head(self._read_out(states))
+        # Logits of all of them at once might not fit in memory.
+        parts = [self._head(self._read_out(part)) for part in states.split(SHADOW_ROWS)]
+        token, probability = zip(*parts, strict=True)
+        return torch.cat(token), torch.cat(probability)
 
     def choose(
         self,

@@ -10,18 +10,23 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 import vllm
+from cpuinfo import get_cpu_info
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
 from vllm_del.engine.rehearsal import Rehearsal
-from vllm_del.policy.cost import MeasuredCosts
+from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts
 
 logger = init_logger(f"vllm.{__name__}")
+
+FORMAT = 2
+"""Of the file; another one is not read."""
 
 REPEATS = 5
 LONGEST_SECONDS = 4.0
@@ -32,11 +37,12 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     """The costs of this model here: saved ones, else measured now and saved."""
     saved = _path(vllm_config)
     measured = None
-    if saved.exists():
-        try:
-            measured = MeasuredCosts.from_json(saved.read_text())
-        except (OSError, TypeError, ValueError) as error:
-            logger.warning("del: %s is no table of costs (%s): measuring again", saved, error)
+    try:
+        measured = MeasuredCosts.from_json(saved.read_text())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logger.warning("del: %s is no table of costs (%s): measuring again", saved, error)
     # Ranks may see different files: they measure together or not at all.
     measured = get_tp_group().broadcast_object(measured, src=0)
     if measured is not None:
@@ -44,33 +50,56 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         return measured
     begin = time.perf_counter()
     measured = get_tp_group().broadcast_object(_measure(vllm_config, rehearsal, exits), src=0)
-    saved.parent.mkdir(parents=True, exist_ok=True)
-    partial = saved.with_name(f"{saved.name}.{vllm_config.parallel_config.rank}.tmp")
-    partial.write_text(measured.to_json())
-    partial.replace(saved)
-    logger.info_once("del: costs of a round measured in %.1f s: %s", time.perf_counter() - begin, saved)
+    logger.info_once("del: costs of a round measured in %.1f s", time.perf_counter() - begin)
+    try:
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        # Other ranks and other servers may write it too: each a whole one.
+        with NamedTemporaryFile("w", dir=saved.parent, delete=False) as partial:
+            partial.write(measured.to_json())
+        Path(partial.name).replace(saved)
+    except OSError as error:
+        logger.warning("del: the costs are not kept for the next start: %s", error)
     return measured
 
 
 def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
     config = vllm_config.scheduler_config
     rows, steps = _table(config.max_num_seqs, lambda n: _draft_seconds(rehearsal, n, exits))
+    head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), lambda n: _seconds(lambda: rehearsal.head(n)))
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
-    tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n)))
-    step, layer, head = zip(*steps, strict=True)
-    return MeasuredCosts(tuple(rows), step, layer, head, tuple(tokens), tuple(verify))
+    each, near, far = rehearsal.verify_each, rehearsal.context, rehearsal.long_context
+    tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
+    step, layer = zip(*steps, strict=True)
+    tables = tuple(rows), step, layer, tuple(head_rows), tuple(head), tuple(tokens), tuple(verify)
+    if far < 2 * near:
+        return MeasuredCosts(*tables, each, near)
+
+    number = min(4, config.max_num_seqs, most // each)
+
+    def of_context(run: Callable[[int], None]) -> float:
+        """Seconds for a row and a token more of its context."""
+        more = _seconds(lambda: run(far)) - _seconds(lambda: run(near))
+        return max(0.0, more) / (number * (far - near))
+
+    in_step = of_context(lambda context: rehearsal.draft_step(number, len(exits), context))
+    alone = of_context(lambda context: rehearsal.verify(number, 1, context))
+    with_drafts = of_context(lambda context: rehearsal.verify(number * each, each, context))
+    per_token = max(0.0, with_drafts - alone) / (each - 1)
+    return MeasuredCosts(*tables, each, near, in_step / exits[-1], alone, per_token)
 
 
-def _draft_seconds(rehearsal: Rehearsal, rows: int, exits: list[int]) -> tuple[float, float, float]:
-    """Of a draft step with so many rows: the fixed part, one layer, the head."""
-    shallow = _seconds(lambda: rehearsal.draft_step(rows, 1))
+def _draft_seconds(rehearsal: Rehearsal, rows: int, exits: list[int]) -> tuple[float, float]:
+    """Of a draft step with so many rows: the fixed part, and one layer."""
+    shallow = _seconds(lambda: rehearsal.draft_step(rows, 1, rehearsal.context))
     if len(exits) == 1:
         layer = shallow / exits[0]
     else:
-        layer = (_seconds(lambda: rehearsal.draft_step(rows, len(exits))) - shallow) / (exits[-1] - exits[0])
+        layer = (_seconds(lambda: rehearsal.draft_step(rows, len(exits), rehearsal.context)) - shallow) / (
+            exits[-1] - exits[0]
+        )
     layer = max(0.0, min(layer, shallow / exits[0]))
-    return shallow - exits[0] * layer, layer, _seconds(lambda: rehearsal.head(rows))
+    return shallow - exits[0] * layer, layer
 
 
 def _table(most: int, seconds: Callable) -> tuple[list[int], list]:
@@ -109,13 +138,22 @@ def _seconds(run: Callable[[], None]) -> float:
 def _path(vllm_config: VllmConfig) -> Path:
     """Where the costs are saved: another model, dtype, setting, machine or version has another file."""
     parts = (
+        FORMAT,
         vllm_config.compute_hash(),
+        vllm_config.num_speculative_tokens,
+        vllm_config.use_v2_model_runner,
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.scheduler_config.max_num_batched_tokens,
         vllm.__version__,
         version("vllm-del"),
-        platform.node(),
-        torch.cuda.get_device_name() if torch.cuda.is_available() else torch.get_num_threads(),
+        _machine(),
     )
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Path(envs.VLLM_CACHE_ROOT) / "vllm_del" / f"costs-{name}.json"
+
+
+def _machine() -> tuple[object, ...]:
+    """What computes here. Not the machine's name, which is another one in each container."""
+    if torch.cuda.is_available():
+        return (torch.cuda.get_device_name(),)
+    return platform.machine(), get_cpu_info().get("brand_raw"), torch.get_num_threads()

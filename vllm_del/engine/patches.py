@@ -15,6 +15,7 @@ import torch
 from vllm.config import SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -24,6 +25,8 @@ from vllm_del.engine.command_line import accept_del
 from vllm_del.engine.support import check_supported
 from vllm_del.engine.wrap import wrap
 from vllm_del.wishes import longest_wished
+
+logger = init_logger(f"vllm.{__name__}")
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -74,6 +77,12 @@ def _expand_the_word_and_check(original: Callable, self: EngineArgs, *args: Any,
         if scheduler.scheduler_cls is None:
             name = "DelAsyncScheduler" if scheduler.async_scheduling else "DelScheduler"
             scheduler.scheduler_cls = f"{OUR_SCHEDULERS}.{name}"
+        else:
+            logger.warning(
+                "del: scheduler_cls=%r sizes no drafts: the KV cache holds room for the largest, what requests say "
+                "about del is not heeded, and vllm:del_* metrics stay empty",
+                scheduler.scheduler_cls,
+            )
     return vllm_config
 
 
@@ -157,12 +166,9 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
     if isinstance(config.speculative_config, DelConfig):
         # vLLM compares method names here too. Of which layers, `DelConfig` says in vLLM's own way.
         self.worker.model_runner.use_aux_hidden_state_outputs = config.speculative_config.is_dynamic
-        for name, patch in (
-            ("compile_or_warm_up_model", _prepare_to_serve),
-            ("execute_model", _hand_over_the_allowance),
-            ("sample_tokens", _report),
-        ):
-            wrap(type(self.worker), name, patch)
+        wrap(type(self.worker), "compile_or_warm_up_model", _prepare_to_serve)
+        wrap(type(self.worker.model_runner), "execute_model", _hand_over_the_allowance)
+        wrap(type(self.worker.model_runner), "sample_tokens", _report)
 
 
 def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
@@ -172,23 +178,24 @@ def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwar
     """
     result = original(self, *args, **kwargs)
     if isinstance(self.vllm_config.speculative_config, DelConfig):
-        _drafter(self).prepare_to_serve()
+        _drafter(self.model_runner).prepare_to_serve()
     return result
 
 
 def _hand_over_the_allowance(
-    original: Callable, self: "WorkerBase", scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any
+    original: Callable, self: Any, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any
 ) -> Any:
     """[registry] The drafter is told what the scheduler has reserved for drafts.
 
     Why: a drafter gets one draft length for all. A scheduler of the user's own says nothing, and reserves the largest.
+    The runner's, and not the worker's, as some executors call the runner themselves.
     """
     if (allowance := getattr(scheduler_output, "del_allowance", None)) is not None:
         _drafter(self).allowance = allowance
     return original(self, scheduler_output, *args, **kwargs)
 
 
-def _report(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
+def _report(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """[registry] The scheduler is told how long the next drafts are going to be, so that it places as many, and what
     came of the last ones.
 
@@ -196,7 +203,10 @@ def _report(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -
     """
     output = original(self, *args, **kwargs)
     if isinstance(self.vllm_config.speculative_config, DelConfig) and output is not None:
-        getattr(output, "model_runner_output", output).del_report = _drafter(self).report
+        drafter = _drafter(self)
+        # Each once, also where the next step brings no new one.
+        report, drafter.report = drafter.report, None
+        getattr(output, "model_runner_output", output).del_report = report
     return output
 
 
@@ -214,10 +224,9 @@ def _count_for_prometheus(original: Callable, self: "StatLoggerManager", *args: 
         self.stat_loggers.insert(0, DelStatLogger(vllm_config, self.engine_indexes))
 
 
-def _drafter(worker: "WorkerBase") -> Any:
-    """The `DelSpeculator` or the `DelProposer` of a worker."""
-    runner = worker.model_runner
-    return runner.speculator if worker.vllm_config.use_v2_model_runner else runner.drafter
+def _drafter(runner: Any) -> Any:
+    """The `DelSpeculator` or the `DelProposer` of a model runner."""
+    return runner.speculator if runner.vllm_config.use_v2_model_runner else runner.drafter
 
 
 def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:

@@ -19,11 +19,12 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, Verified
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
+from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
@@ -42,7 +43,8 @@ class DelProposer(DraftModelProposer):
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_batch_size, device)
         self.num_drafts: list[int] | None = None
-        self.allowance, self.report = Allowance(), Report()
+        self.allowance = Allowance()
+        self.report: Report | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the target's early layers as the draft network. Loads nothing.
@@ -54,6 +56,8 @@ class DelProposer(DraftModelProposer):
         self.model = EarlyExitNetwork.from_target(target_model)
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
         self.head = ExitHead(target_model)
+        # Until costs are measured.
+        self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_tokens)
         self._draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
         # The runner stops drafting for the whole batch when one sequence nears the drafter's longest length.
         # Our rows stop one by one (advance_rows), so this bound must not bite.
@@ -130,14 +134,20 @@ class DelProposer(DraftModelProposer):
         request_ids = self.runner.input_batch.req_ids
         slots = self.slots_of.of(request_ids)
         if isinstance(self.policy, DynamicPolicy):
-            ends = common_attn_metadata.query_start_loc_cpu[1:]
             verified = self._verified(
-                ends, drafted, rejected, sampled, target_token_ids, target_hidden_states, next_token_ids
+                common_attn_metadata,
+                drafted,
+                rejected,
+                sampled,
+                target_token_ids,
+                target_hidden_states,
+                next_token_ids,
             )
-            self.policy.forget(slots[verified.fresh])
+            if fresh := {*verified.fresh, *self.slots_of.new_rows}:
+                self.policy.forget(slots[upload(sorted(fresh), self.device)])
             self.policy.observe(slots, verified)
         most = [self.allowance.longest.get(request, num_speculative_tokens) for request in request_ids]
-        plan = self.policy.plan(slots, torch.tensor(most) * sampled)
+        plan = self.policy.plan(slots, torch.tensor(most) * sampled, common_attn_metadata.seq_lens[:num_rows])
 
         num_padded, across_dp = num_rows, None
         if not self.alone:
@@ -157,13 +167,13 @@ class DelProposer(DraftModelProposer):
         draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
         if isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts)
-            self.report = Report(counts=self.policy.counts())
+            wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))
+            self.report = Report(wanted, self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
 
     def _verified(
         self,
-        # [rows] int32: where each row's tokens end
-        ends: torch.Tensor,
+        batch_metadata: CommonAttentionMetadata,
         num_drafts: list[int] | None,
         # [rows] int32, [rows] bool
         rejected: torch.Tensor,
@@ -174,6 +184,8 @@ class DelProposer(DraftModelProposer):
         next_token: torch.Tensor,
     ) -> Verified:
         num_rows = len(sampled)
+        # [rows]: where each row's tokens end
+        ends = batch_metadata.query_start_loc_cpu[1:]
         drafted = torch.tensor(num_drafts) if num_drafts else torch.zeros_like(ends)
         start = ends - 1 - drafted
         batch = self.runner.input_batch
@@ -191,6 +203,7 @@ class DelProposer(DraftModelProposer):
             longest=max(num_drafts, default=0) if num_drafts else 0,
             only_decodes=not ended.any() and bool(sampled.all()),
             num_tokens=int(ends[-1]),
+            context=batch_metadata.seq_lens[:num_rows],
             ended=[(int(row), min(PROMPT_POSITIONS, int(room[row]))) for row in ended.nonzero()[0]],
             # A request that was preempted begins again with what it had generated.
             fresh=(ended & (batch.num_tokens_no_spec[:num_rows] == prompt_len)).nonzero()[0].tolist(),

@@ -13,8 +13,8 @@ from vllm_del.draft.loop import run_segments
 from vllm_del.draft.network import EarlyExitNetwork, Layers
 from vllm_del.kernels.advance_rows import PAD_SLOT
 
-CONTEXT = 256
-"""The context length of a made-up row, where the model allows as much."""
+CONTEXT, LONG_CONTEXT = 256, 2048
+"""The context lengths of made-up rows, where the model allows as much."""
 
 
 class Rehearsal:
@@ -44,18 +44,17 @@ class Rehearsal:
         self._draft_groups, _, _ = init_attn_backend(
             kv_cache_config, vllm_config, device, active_layer_names=draft_layers
         )
-        self._context = max(1, min(CONTEXT, vllm_config.model_config.max_model_len - self._longest))
-
-    @property
-    def _longest(self) -> int:
-        return 1 + self._config.num_speculative_tokens
+        self.verify_each = 1 + vllm_config.num_speculative_tokens
+        most = max(1, vllm_config.model_config.max_model_len - self.verify_each)
+        self.context, self.long_context = min(CONTEXT, most), min(LONG_CONTEXT, most)
 
     @torch.inference_mode()
-    def draft_step(self, rows: int, segments: int) -> None:
+    def draft_step(self, rows: int, segments: int, context: int) -> None:
         """One draft step through the first `segments` segments, without the head."""
         self._forward(
             rows,
             1,
+            context,
             self._draft_groups,
             lambda input_ids, positions: run_segments(self._segments[:segments], input_ids, positions),
         )
@@ -69,8 +68,8 @@ class Rehearsal:
         self._wait()
 
     @torch.inference_mode()
-    def verify(self, tokens: int) -> None:
-        """A forward of the whole model with its logits and their argmax."""
+    def verify(self, tokens: int, each: int, context: int) -> None:
+        """A forward of the whole model with its logits and their argmax, over rows of `each` tokens."""
 
         def run(input_ids: torch.Tensor, positions: torch.Tensor) -> None:
             output = self._network.target(
@@ -79,17 +78,22 @@ class Rehearsal:
             hidden_states = output[0] if isinstance(output, tuple) else output
             self._network.target.compute_logits(hidden_states).argmax(-1)
 
-        self._forward(tokens, min(tokens, self._longest), self._target_groups, run)
+        self._forward(tokens, min(tokens, each), context, self._target_groups, run)
         self._wait()
 
     def _forward(
-        self, tokens: int, each: int, groups: list, run: Callable[[torch.Tensor, torch.Tensor], object]
+        self,
+        tokens: int,
+        each: int,
+        context: int,
+        groups: list,
+        run: Callable[[torch.Tensor, torch.Tensor], object],
     ) -> None:
         """`run(input_ids, positions)` in a forward context of rows with `each` query tokens, the last with the rest."""
         rows = -(-tokens // each)
         starts = torch.arange(rows + 1, dtype=torch.int32).mul_(each).clamp_max_(tokens)
         slots = torch.full((len(self._widths), tokens), PAD_SLOT, device=self._device)
-        seq_lens = torch.full((rows,), self._context + each, dtype=torch.int32)
+        seq_lens = torch.full((rows,), context + each, dtype=torch.int32)
         metadata = build_attn_metadata(
             attn_groups=groups,
             num_reqs=rows,
@@ -98,14 +102,14 @@ class Rehearsal:
             query_start_loc_cpu=starts,
             max_query_len=each,
             seq_lens=seq_lens.to(self._device),
-            max_seq_len=self._context + each,
+            max_seq_len=context + each,
             block_tables=[self._block_table(rows, width) for width in self._widths],
             slot_mappings=slots,
             kv_cache_config=self._kv_cache_config,
             seq_lens_cpu_upper_bound=seq_lens,
         )
         input_ids = torch.zeros(tokens, dtype=torch.int32, device=self._device)
-        positions = torch.full((tokens,), self._context, device=self._device)
+        positions = torch.full((tokens,), context, device=self._device)
         slot_mapping = build_slot_mappings_by_layer(slots, self._kv_cache_config)
         with set_forward_context(metadata, self._config, num_tokens=tokens, slot_mapping=slot_mapping):
             run(input_ids, positions)

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class _SizesDrafts(Scheduler):
@@ -40,13 +43,15 @@ class _SizesDrafts(Scheduler):
         # Since the last statistics: what workers counted, and rounds without a draft by reason
         self._counts: list[dict[str, Any]] = []
         self._undrafted: Counter[str] = Counter()
+        # What the worker last reported; before that, and for a request that is new to it, the largest that any wants.
+        self._wanted: dict[str, int] = {}
+        self._usual: int = self._most
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_room_for_drafts
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self._allowance = Allowance()
-        if not self.waiting:
-            self._reserve.newcomer_waits(False)
+        self._reserve.begin_step()
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
@@ -61,7 +66,13 @@ class _SizesDrafts(Scheduler):
             self._take(report)
         return super().update_from_output(scheduler_output, model_runner_output)
 
+    def _wanted_length(self, request_id: str) -> int:
+        """How long a draft the worker wants to make, as far as it is known here."""
+        return self._wanted.get(request_id, self._usual)
+
     def _take(self, report: Report) -> None:
+        if report.wanted:
+            self._wanted, self._usual = report.wanted, max(report.wanted.values())
         if report.counts is not None and self.log_stats:
             self._counts.append(asdict(report.counts))
 
@@ -78,6 +89,8 @@ class _SizesDrafts(Scheduler):
         for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
             if (request := self.requests.get(request_id)) is not None:
                 room = self._allowance.longest.get(request_id, self._most)
+                # V2 does not say what it drafted, only how many there may be.
+                room = min(room, self._wanted_length(request_id))
                 del drafts[longest_draft(room, request.max_tokens - request.num_output_tokens) :]
         super().update_draft_token_ids(draft_token_ids)
 
@@ -118,27 +131,40 @@ class _SizesDrafts(Scheduler):
         wish = self._wish(request, end)
         held = [(len(group.req_to_blocks.get(request.request_id, ())), group.block_size) for group in self._groups]
         room = longest_in_room(wish, room_in_blocks(end, held))
-        runs, running = request.status == RequestStatus.RUNNING, len(self.running)
-        leave = self._reserve.for_drafts(running)
-        if room < wish and leave is not None and (blocks := allocate(wish, leave)) is not None:
-            self._reserve.taken(self.current_step)
-            return blocks
-        if runs:
+        running = len(self.running)
+        # A block more only for who is going to use it.
+        if room < wish and self._wanted_length(request.request_id):
+            leave = self._reserve.for_drafts(running)
+            if leave is not None and (blocks := allocate(wish, leave)) is not None:
+                self._reserve.taken()
+                return blocks
+        if request.status == RequestStatus.RUNNING:
             return allocate(room, 0)
-        leave = self._reserve.for_newcomer(running, self.current_step)
+        leave = self._reserve.for_newcomer(running)
         blocks = allocate(room, leave)
-        self._reserve.newcomer_waits(blocks is None and leave > 0)
+        if blocks is None and leave:
+            self._reserve.newcomer_waits()
         return blocks
 
     def _wish(self, request: Request, end: int) -> int:
         """The longest draft that the request wants and can use after its tokens up to `end`."""
         if end < request.num_tokens:
             return 0  # the prompt goes on
-        assert request.sampling_params is not None
-        wish = longest_wished(request.sampling_params.extra_args, self._most)
         # One token comes from this step, and one at least from the step before if that is still on its way.
         coming = 1 + (request.num_output_placeholders > 0)
-        return longest_draft(wish, request.max_tokens - request.num_output_tokens - coming)
+        return longest_draft(self._wished(request), request.max_tokens - request.num_output_tokens - coming)
+
+    def _wished(self, request: Request) -> int:
+        """The longest draft that the request allows, read once."""
+        if not hasattr(request, "del_longest_wished"):
+            assert request.sampling_params is not None
+            try:
+                request.del_longest_wished = longest_wished(request.sampling_params.extra_args, self._most)
+            except ValueError as error:
+                # It was refused where requests come in, unless it came another way; here it would end all others too.
+                logger.warning("del: request %s drafts as any other: %s", request.request_id, error)
+                request.del_longest_wished = self._most
+        return request.del_longest_wished
 
 
 class DelScheduler(_SizesDrafts):
@@ -148,12 +174,6 @@ class DelScheduler(_SizesDrafts):
 class DelAsyncScheduler(_SizesDrafts, AsyncScheduler):
     """For asynchronous scheduling: a step is scheduled before the drafts it verifies are made."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # What the worker last reported; before that, and for a request that is new to it, the largest that any wants.
-        self._wanted: dict[str, int] = {}
-        self._usual = self._most
-
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         verified: dict[str, int] = {}
@@ -161,13 +181,8 @@ class DelAsyncScheduler(_SizesDrafts, AsyncScheduler):
         for request_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[request_id]
             if not request.is_prefill_chunk:
-                wanted = self._wanted.get(request_id, self._usual)
+                wanted = self._wanted_length(request_id)
                 number = min(wanted, self._allowance.longest.get(request_id, self._most))
                 request.spec_token_ids = [-1] * number
                 if number < self._most:
                     verified[request_id] = number
-
-    def _take(self, report: Report) -> None:
-        super()._take(report)
-        if report.wanted:
-            self._wanted, self._usual = report.wanted, max(report.wanted.values())

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-def upload(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """`values` on the device, [len] int64, without waiting for it."""
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+from vllm_del.draft.upload import upload
 
 
 class Slots:
@@ -20,17 +17,18 @@ class Slots:
         self._free = list(range(number))
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._last: tuple[list[str], torch.Tensor] = ([], torch.empty(0, dtype=torch.int64, device=device))
+        # The rows of the last call whose requests had no slot before.
+        self.new_rows: list[int] = []
 
     def of(self, request_ids: Sequence[str]) -> torch.Tensor:
         """The slots of these requests, [rows] int64. There are never more of them than slots."""
+        self.new_rows = []
         if self._last[0] != request_ids:
-            for request_id in request_ids:
-                self._take(request_id)
+            for row, request_id in enumerate(request_ids):
+                if request_id not in self._slots:
+                    self._slots[request_id] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
+                    self.new_rows.append(row)
+                self._slots.move_to_end(request_id)
             slots = [self._slots[request_id] for request_id in request_ids]
             self._last = list(request_ids), upload(slots, self._device)
         return self._last[1]
-
-    def _take(self, request_id: str) -> None:
-        if request_id not in self._slots:
-            self._slots[request_id] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]
-        self._slots.move_to_end(request_id)

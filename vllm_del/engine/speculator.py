@@ -21,16 +21,17 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, Late, Verified
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Late, Verified
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
+from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
-from vllm_del.engine.slots import Slots, upload
+from vllm_del.engine.slots import Slots
 
 
 class DelSpeculator(DraftModelSpeculator):
@@ -46,7 +47,10 @@ class DelSpeculator(DraftModelSpeculator):
         torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_num_reqs, device)
-        self.allowance, self.report = Allowance(), Report()
+        self.allowance = Allowance()
+        self.report: Report | None = None
+        # By request, how long a draft the policy wants, as far as the host knows.
+        self.wanted: dict[str, int] = {}
         self._late_lengths = Late(first=())
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -59,6 +63,8 @@ class DelSpeculator(DraftModelSpeculator):
         self.model = self.load_draft_model(target_model, set())
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
         self.head = ExitHead(target_model)
+        # Until costs are measured: vLLM warms up with requests that it makes up.
+        self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_steps)
         self.draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
         log_plan(self.vllm_config, self.model, "V2")
 
@@ -129,9 +135,10 @@ class DelSpeculator(DraftModelSpeculator):
             slots = self.slots_of.of(input_batch.req_ids)
             if isinstance(self.policy, DynamicPolicy):
                 verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
-                self.policy.forget(slots[verified.fresh])
+                if fresh := {*verified.fresh, *self.slots_of.new_rows}:
+                    self.policy.forget(slots[upload(sorted(fresh), self.device)])
                 self.policy.observe(slots, verified)
-            plan = self._plan(input_batch.req_ids, slots, num_steps, sampled)
+            plan = self._plan(input_batch, slots, num_steps, sampled)
             if dp_sync_state is not None:
                 plan = plan.padded(num_padded, deepest, num_steps)
 
@@ -167,27 +174,28 @@ class DelSpeculator(DraftModelSpeculator):
         draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
         if not dummy_run and isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts)
-            self.report.counts = self.policy.counts()
+            self.report = Report(self.wanted, self.policy.counts())
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
 
     def _plan(
         self,
-        request_ids: list[str],
-        # [num_reqs] int64, [num_reqs] bool
+        batch: InputBatch,
+        # [num_reqs] int64
         slots: torch.Tensor,
         num_steps: int,
+        # [num_reqs] bool
         sampled: torch.Tensor,
     ) -> Plan:
         """What the policy wants to draft, of that as much as there is room for and the next step will verify."""
-        longest, verified = self.allowance.longest, self.allowance.verified
+        longest, verified, request_ids = self.allowance.longest, self.allowance.verified, batch.req_ids
         limit = num_steps * sampled
         if longest:
             limit = torch.minimum(limit, upload([longest.get(r, num_steps) for r in request_ids], self.device))
-        plan = self.policy.plan(slots, limit)
+        plan = self.policy.plan(slots, limit, batch.seq_lens[: batch.num_reqs])
         if isinstance(self.policy, DynamicPolicy):
             lengths, requests = self._late_lengths.exchange(plan.length, request_ids)
-            self.report = Report(wanted=dict(zip(requests or (), lengths, strict=True)))
+            self.wanted = dict(zip(requests or (), lengths, strict=True))
         if verified:
             lengths = [verified.get(request, num_steps) for request in request_ids]
             plan.length = torch.minimum(plan.length, upload(lengths, self.device))
@@ -224,6 +232,7 @@ class DelSpeculator(DraftModelSpeculator):
             sampled=sampled,
             longest=self.num_speculative_steps if batch.num_draft_tokens else 0,
             num_tokens=batch.num_tokens,
+            context=batch.seq_lens[:num_rows],
             only_decodes=bool((batch.num_computed_prefill_tokens_np >= batch.prefill_len_np).all()),
             ended=[
                 (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1)) for row in ended.nonzero()[0]

@@ -8,6 +8,7 @@ and computes for many, in steps of its own, so no formula is fitted; between two
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,21 +19,50 @@ class MeasuredCosts:
     """Seconds, as measured; `rows` and `tokens` ascend. What is saved, and what `vllm-del` prints."""
 
     rows: tuple[int, ...]
-    # by rows: a draft step without its layers and its head, one layer of it, and the head
+    # by rows: a draft step without its layers and its head, and one layer of it
     step: tuple[float, ...]
     layer: tuple[float, ...]
+    head_rows: tuple[int, ...]
+    # by rows of its own, as it also scores shadow tokens
     head: tuple[float, ...]
     tokens: tuple[int, ...]
-    # by tokens: a whole forward with its sampling
+    # by tokens: a whole forward with its sampling, of rows of `verify_each` tokens
     verify: tuple[float, ...]
+    verify_each: int = 1
+    # All of it with a context of so many tokens in each row. A token more of it costs: in one layer of a draft step, in
+    # a verification, and there once more for each draft of the row.
+    context: int = 0
+    layer_context: float = 0.0
+    verify_context: float = 0.0
+    token_context: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "MeasuredCosts":
-        """Raises `TypeError` or `ValueError` on text that is no such thing."""
-        return cls(**{name: tuple(values) for name, values in json.loads(text).items()})
+        """Raises `ValueError` on text that is no such thing."""
+        try:
+            saved = json.loads(text).items()
+            tables: dict[str, Any] = {
+                name: tuple(values) if isinstance(values, list) else values for name, values in saved
+            }
+            costs = cls(**tables)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(str(error)) from None
+        for places, names in (("rows", ("step", "layer")), ("head_rows", ("head",)), ("tokens", ("verify",))):
+            where = tables[places]
+            if (
+                not isinstance(where, tuple)
+                or not where
+                or any(type(n) is not int or n < 1 for n in where)
+                or list(where) != sorted(set(where))
+            ):
+                raise ValueError(f"{places}={where} does not ascend from 1")
+            for name in names:
+                if len(tables[name]) != len(where) or not all(type(n) is float and n >= 0 for n in tables[name]):
+                    raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
+        return costs
 
 
 SHADOW_ROWS = 512
@@ -40,7 +70,12 @@ SHADOW_ROWS = 512
 
 
 class CostTables:
-    """`MeasuredCosts` for every number of rows and tokens: float64 tensors on the model's device, in seconds."""
+    """`MeasuredCosts` for every number of rows and tokens: float64 tensors on the model's device, in seconds.
+
+    What a row's context costs is apart from the tables: `layer_context` a token of it and layer of a draft step,
+    `verify_context` in a verification, `token_context` there for each draft. The tables of draft steps have a context
+    of `context` tokens in them, that of verification none, as that is of fewer rows than a round has.
+    """
 
     def __init__(self, measured: MeasuredCosts, max_rows: int, max_length: int, device: torch.device) -> None:
         def table(places: Sequence[int], values: Sequence[float], most: int) -> torch.Tensor:
@@ -50,17 +85,25 @@ class CostTables:
         # [rows + 1] each; of no rows nothing is computed
         self.step = table(measured.rows, measured.step, max_rows)
         self.layer = table(measured.rows, measured.layer, max_rows)
-        self.head = table(measured.rows, measured.head, max(max_rows, SHADOW_ROWS))
+        self.head = table(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         # [tokens + 1]
-        self.verify = table(measured.tokens, measured.verify, max_rows * (max_length + 1))
+        self.context, self.layer_context = measured.context, measured.layer_context
+        self.verify_context, self.token_context = measured.verify_context, measured.token_context
+        of_context = measured.verify_context * measured.context / measured.verify_each
+        verify = [max(0.0, v - of_context * n) for n, v in zip(measured.tokens, measured.verify, strict=True)]
+        self.verify = table(measured.tokens, verify, max_rows * (max_length + 1))
         # For the host, which must not wait for the device to know them.
-        self._head_seconds = _dense(measured.rows, measured.head, max(max_rows, SHADOW_ROWS))
-        self._verify_seconds = _dense(measured.tokens, measured.verify, max_rows * (max_length + 1))
+        self._head_seconds = _dense(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
+        self._verify_seconds = _dense(measured.tokens, verify, max_rows * (max_length + 1))
 
-    def verify_seconds(self, tokens: int) -> float:
-        """Seconds of a forward over so many tokens; what is beyond the table, a prompt, costs in proportion."""
+    def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
+        """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.
+
+        What is beyond the table, a prompt, costs in proportion.
+        """
         last = len(self._verify_seconds) - 1
-        return float(self._verify_seconds[min(tokens, last)] * max(1.0, tokens / last))
+        of_tokens = self._verify_seconds[min(tokens, last)] * max(1.0, tokens / last)
+        return float(of_tokens + self.verify_context * contexts)
 
     def head_seconds(self, rows: int) -> float:
         """Seconds of the head on so many rows, at most `SHADOW_ROWS`."""

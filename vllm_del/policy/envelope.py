@@ -49,21 +49,28 @@ class Reserve:
     blocks_per_sequence: int
     # how many steps it takes to fill what was taken for drafts
     steps: int
+    _step: int = 0
     _taken_at: int = -(1 << 60)
-    _newcomer_waits: bool = False
+    _waited: bool = False
+    _waits: bool = False
+
+    def begin_step(self) -> None:
+        """Another step is scheduled."""
+        self._step += 1
+        self._waited, self._waits = self._waits, False
 
     def for_drafts(self, num_running: int) -> int | None:
         """Blocks to leave free when drafts take one; `None` if they must take none."""
-        return None if self._newcomer_waits else num_running * self.blocks_per_sequence
+        return None if self._waited else num_running * self.blocks_per_sequence
 
-    def for_newcomer(self, num_running: int, step: int) -> int:
+    def for_newcomer(self, num_running: int) -> int:
         """Blocks to leave free when a sequence is let in."""
-        return num_running * self.blocks_per_sequence if step - self._taken_at <= self.steps else 0
+        return num_running * self.blocks_per_sequence if self._step - self._taken_at <= self.steps else 0
 
-    def taken(self, step: int) -> None:
+    def taken(self) -> None:
         """Drafts have taken a block."""
-        self._taken_at = step
+        self._taken_at = self._step
 
-    def newcomer_waits(self, waits: bool) -> None:
-        """Whether one is kept out by the reserve alone."""
-        self._newcomer_waits = waits
+    def newcomer_waits(self) -> None:
+        """One was kept out by the reserve."""
+        self._waits = True

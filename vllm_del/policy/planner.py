@@ -52,7 +52,7 @@ class Planner:
         # What a round costs beside its forward passes, seconds: scheduling, sampling, output. Known while serving only.
         self.overhead = torch.zeros((), dtype=torch.float64, device=depths.device)
         self._price = torch.zeros((), dtype=torch.float64, device=depths.device)
-        self._num_rows = torch.zeros((), dtype=torch.int64, device=depths.device)
+        self._num_rows = 0
         # [exits, longest]: the last plan's shape, its deepest exit and longest draft
         self._last = torch.zeros(len(depths), max_length + 1, dtype=torch.bool, device=depths.device)
 
@@ -62,42 +62,50 @@ class Planner:
         acceptance: torch.Tensor,
         # [rows] int64: the longest draft of each row; 0 where it must not draft
         limit: torch.Tensor,
-        # scalar int64: the sequences of the batch, those that cannot draft included
-        num_rows: torch.Tensor,
+        # [rows] int: the context length of each row
+        context: torch.Tensor,
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
-        lengths, verify = self.lengths, self.costs.verify[num_rows] + self.overhead
+        lengths, costs, num_rows = self.lengths, self.costs, len(limit)
+        longer = (context - costs.context).double()
+        verify = costs.verify[num_rows] + costs.verify_context * context.sum() + self.overhead
+        # Another number of rows has another goodput: begin with that of not drafting.
+        price = self._price if num_rows == self._num_rows else num_rows / verify
         # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
         gain = expected_tokens(acceptance, len(lengths) - 1) - 1
         gain = gain.masked_fill(lengths > limit[:, None, None], -torch.inf)
-        # [exits, length, longest]: what a row's drafts cost beside what the batch shares
+        # What a row's drafts cost: each for its context, [rows, exits], and all beside that and what the batch shares,
+        # [exits, length, longest]
+        of_context = longer.unsqueeze(1) * (self.depths * costs.layer_context + costs.token_context)
         row_cost = lengths[:, None] * (self._per_row[num_rows][:, None, None] + self._per_token[num_rows])
         row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
-        # Another number of rows has another goodput: begin with that of not drafting.
-        price = torch.where(num_rows == self._num_rows, self._price, num_rows / verify)
 
         # [rows, exits, longest]: the best of each row at each exit, and then at any exit up to that one
-        value, length = (gain.unsqueeze(-1) - price * row_cost).max(2)
+        net = gain - price * of_context.unsqueeze(2) * lengths
+        value, length = (net.unsqueeze(-1) - price * row_cost).max(2)
         best, exit = value.cummax(1)
         # [exits, longest]: the batch's, with what it shares
         total = best.sum(0) - price * lengths * self._shared[num_rows][:, None]
+        # [1] all: indices that stay on the device
         shape = self._choose(total, price * verify)
         deepest, longest = shape // len(lengths), shape % len(lengths)
-        row_exit = exit[:, deepest, longest]
-        row_length = length[:, :, longest].gather(1, row_exit.unsqueeze(1)).squeeze(1)
-        step = self._shared[num_rows, deepest] / num_rows + self._per_row[num_rows][row_exit]
-        worth = price * (step + self._per_token[num_rows, longest])
-        decision = self._expect(gain, row_exit, row_length, worth, num_rows)
+        row_exit = exit.flatten(1).index_select(1, shape)
+        row_length = length.flatten(1).gather(1, row_exit * len(lengths) + longest).squeeze(1)
+        row_exit = row_exit.squeeze(1)
+        of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
+        step = self._shared[num_rows].index_select(0, deepest) / num_rows + self._per_row[num_rows][row_exit]
+        worth = price * (step + self._per_token[num_rows].index_select(0, longest) + of_row_context)
+        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
-        self._num_rows.copy_(num_rows)
-        self._last.zero_().view(-1)[shape] = True
+        self._num_rows = num_rows
+        self._last.zero_().view(-1).index_fill_(0, shape, True)
         return decision
 
     def _choose(self, total: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The shape, flat, of the largest total; the last one's, or none at all, if that is nearly as good."""
+        """The shape, flat, [1] int64, of the largest total; the last one's, or none, if that is nearly as good."""
         favour = HYSTERESIS * self._last + CAUTION * (self.lengths == 0)
-        return (total + favour * tokens).flatten().argmax()
+        return (total + favour * tokens).flatten().argmax().unsqueeze(0)
 
     def _step_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(len(self.costs.step), device=self.depths.device)
@@ -118,16 +126,24 @@ class Planner:
         return (verify[rows + drafted] - verify[rows]) / drafted.clamp_min(1)
 
     def _expect(
-        self, gain: torch.Tensor, exit: torch.Tensor, length: torch.Tensor, worth: torch.Tensor, num_rows: torch.Tensor
+        self,
+        gain: torch.Tensor,
+        exit: torch.Tensor,
+        length: torch.Tensor,
+        worth: torch.Tensor,
+        verify: torch.Tensor,
+        of_context: torch.Tensor,
     ) -> Decision:
         """What the plan yields and costs, by the tables and without the split into shared and per row."""
-        costs = self.costs
+        costs, num_rows = self.costs, len(exit)
         per_exit = gain.gather(1, exit[:, None, None].expand(-1, 1, gain.shape[2])).squeeze(1)
         tokens = num_rows + per_exit.gather(1, length.unsqueeze(1)).sum()
         # [rows, steps]: who still drafts in each step
         drafting = length.unsqueeze(1) > self.lengths[:-1]
         rows = drafting.sum(0)
         depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
-        draft_time = (costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]).sum()
-        verify_time = costs.verify[num_rows + length.sum()] + self.overhead
-        return Decision(exit, length, worth, tokens, draft_time, verify_time)
+        steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
+        draft_time = steps.sum() + (length * of_context).sum()
+        verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
+        of_drafts = verify_drafts - costs.verify[num_rows]
+        return Decision(exit, length, worth, tokens, draft_time, verify + of_drafts)

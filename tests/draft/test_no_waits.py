@@ -1,0 +1,85 @@
+"""On a GPU the host never waits for the device while it observes and plans."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_del.draft.decide import DynamicPolicy, Verified
+from vllm_del.draft.loop import Drafts
+from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.policy.cost import SHADOW_ROWS, CostTables, MeasuredCosts
+from vllm_del.policy.planner import Planner
+
+CPU = torch.device("cpu")
+EXITS, LAYERS, LENGTH, ROWS, HIDDEN = [2, 4], 8, 3, 4, 16
+# These read a value of the device, or have a shape that depends on one.
+WAITING = {"_local_scalar_dense", "nonzero", "item", "masked_select", "equal", "is_nonzero"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations that would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITING:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def policy(objective: str) -> DynamicPolicy:
+    """As the V2 runner has it: the host does not see the device's values."""
+
+    def head(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return states.argmax(-1), states.softmax(-1).amax(-1)
+
+    costs, planner = None, None
+    if objective == "goodput":
+        places = (1, SHADOW_ROWS)
+        measured = MeasuredCosts(places, (0.1, 0.1), (1.0, 2.0), places, (0.01, 0.02), places, (9.0, 99.0))
+        costs = CostTables(measured, ROWS, LENGTH, CPU)
+        planner = Planner(torch.tensor(EXITS), costs, LENGTH)
+    shadow = ShadowScorer(lambda states: states, head, costs, 0.5, CPU)  # type: ignore[arg-type]
+    return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, on_host=False)
+
+
+@pytest.mark.parametrize("objective", ["goodput", "tpl"])
+@pytest.mark.parametrize("ended", [[], [(1, 5)]])
+def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    mine, slots = policy(objective), torch.tensor([3, 1, 0, 7])
+    tokens = ROWS * (1 + LENGTH) + 5
+    verified = Verified(
+        states=[torch.rand(tokens, HIDDEN) for _ in range(len(EXITS) + 1)],
+        input_ids=torch.randint(HIDDEN, (tokens,)),
+        start=torch.arange(ROWS) * (1 + LENGTH) + 5,
+        drafted=torch.full((ROWS,), LENGTH),
+        accepted=torch.tensor([0, 3, 1, 2]),
+        next_token=torch.randint(HIDDEN, (ROWS,)),
+        sampled=torch.tensor([True, True, True, False]),
+        longest=LENGTH,
+        num_tokens=tokens,
+        context=torch.full((ROWS,), 50),
+        only_decodes=not ended,
+        ended=ended,
+        fresh=[],
+    )
+    limit = torch.full((ROWS,), LENGTH)
+    watch = Watch()
+    for _ in range(12):
+        with watch:
+            mine.observe(slots, verified)
+            plan = mine.plan(slots, limit, verified.context)
+            mine.record(slots, plan, Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH)))
+        counts = mine.counts()
+    assert watch.seen == []
+    assert counts is None or sum(counts.lengths) > 0
+    assert float(mine.statistics._counts.sum()) > 0
+    with watch:
+        assert torch.ones(2)[1].item() == 1
+    assert watch.seen, "the watch sees nothing"
