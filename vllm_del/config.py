@@ -15,7 +15,7 @@ from vllm.config.utils import config
 
 from vllm_del.asking import METHOD
 
-DEFAULT_NUM_SPECULATIVE_TOKENS = 4
+DEFAULT_NUM_SPECULATIVE_TOKENS = 6
 
 # Inherited fields that mean for `del` what they mean elsewhere, or that vLLM fills in itself.
 _SHARED_FIELDS = frozenset(

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_del.draft.decide import Late
+from vllm_del.draft.clock import Late
 
 
 def test_values_come_two_rounds_late_with_their_notes() -> None:

@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -151,3 +152,19 @@ class TestEstimate:
         assert min(rate) - 1e-9 <= min(estimate) <= max(estimate) <= max(rate) + 1e-9
         if rate == sorted(rate):
             assert estimate == pytest.approx(rate)
+
+
+def test_confidence_of_a_chance_is_on_the_least_squares_line() -> None:
+    """Against numpy's line through the same points, unfaded."""
+    rng = np.random.default_rng(0)
+    statistics = AcceptanceStatistics(2, 1, torch.device("cpu"), decay=1.0)
+    confidence = rng.uniform(0.1, 1.0, 60)
+    matched = rng.random(60) < confidence
+    for c, m in zip(confidence, matched, strict=True):
+        values = torch.tensor([[[m]]]), torch.tensor([[[c]]]), torch.ones(1, 1, 1, dtype=torch.bool)
+        statistics.observe(torch.tensor([1]), *values)
+    slope, intercept = np.polyfit(confidence, matched, 1)
+    for chance in (0.2, 0.6, 0.9):
+        found = statistics.confidence_of(torch.tensor([1]), torch.full((1, 1), chance, dtype=torch.float64))
+        assert found.item() == pytest.approx((chance - intercept) / slope, rel=1e-5)
+    assert statistics.confidence_of(torch.tensor([0]), torch.full((1, 1), 0.5)).item() == -math.inf

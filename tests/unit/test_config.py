@@ -16,7 +16,7 @@ DEEPEST = LLAMA_LAYERS - 1
 class TestDefaults:
     def test_fields(self, del_config):
         config = del_config()
-        assert config.num_speculative_tokens == DEFAULT_NUM_SPECULATIVE_TOKENS == 4
+        assert config.num_speculative_tokens == DEFAULT_NUM_SPECULATIVE_TOKENS == 6
         assert config.del_exit_layers == config.exits == [2, 4, 6]
         assert config.del_policy == "dynamic"
         assert config.del_objective == "goodput"

@@ -83,7 +83,7 @@ class TestInVllm:
         counts = {
             name: values[:exits] if name in ("drafted", "accepted", "tried", "expected") else values
             for name, values in counts.items()
-        } | {"lengths": [1.0] * 5}
+        } | {"lengths": [1.0] * 7}
         manager.record(SchedulerStats(kv_connector_stats={STATISTICS_KEY: {"counts": [counts]}}), None)
         assert seen == [None] * len(others)
         assert b'vllm:del_drafts_total{engine="0",length="2"' in generate_latest()

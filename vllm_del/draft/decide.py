@@ -5,20 +5,17 @@ lives, whatever row of the batch it is in.
 """
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_del.draft.clock import Late, Pace, Stopwatch
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
 from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.upload import upload
 from vllm_del.policy.acceptance import AcceptanceStatistics
-from vllm_del.policy.cost import CostTables
 from vllm_del.policy.objective import best_by_tokens_per_layer
 from vllm_del.policy.planner import Planner
 
@@ -85,7 +82,7 @@ class DynamicPolicy:
         # whether the host sees the device's values at once, as on a CPU
         on_host: bool,
         # if the host's clock sees the device's work, and no other rank has a clock of its own
-        stopwatch: "Stopwatch | None" = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
         self._shadow = shadow
@@ -93,7 +90,7 @@ class DynamicPolicy:
         self._on_host = on_host
         self._stopwatch = stopwatch
         self._num_layers = num_layers
-        self._max_length = max_length
+        self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
         self._each_exit = torch.arange(len(exits), device=device)
         # What was drafted last for each slot: [slots], [slots], [slots, max length]
@@ -108,6 +105,10 @@ class DynamicPolicy:
         # When the last round began, of whom, and the seconds it was planned to take
         self._began = 0.0
         self._round: tuple[float, torch.Tensor, torch.Tensor] | None = None
+        # If set: a plan serves several rounds of the same sequences. The last one, of whom, its time, and its age
+        self.pace: Pace | None = None
+        self._plan: tuple[Plan, torch.Tensor, torch.Tensor | None] | None = None
+        self._age = 0
         self._bounds = Late((len(exits) - 1, max_length))
 
     def forget(self, slots: torch.Tensor) -> None:
@@ -125,10 +126,15 @@ class DynamicPolicy:
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
         self._count(slots, verified)
+        self._shadow.earn(verified.num_tokens)
+        self._age += 1
+        of_these = self._plan is not None and self._plan[1] is slots and verified.only_decodes
+        if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots)):
+            return
+        self._plan = None
         if self._planner and self._stopwatch:
             contexts = float(verified.context.sum())
             self._planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
-        self._shadow.earn(verified.num_tokens)
         if verified.ended:
             self._observe_prompts(slots, verified)
         steps = torch.arange(verified.longest + 1, device=slots.device)
@@ -138,7 +144,7 @@ class DynamicPolicy:
         drafted = torch.minimum(verified.drafted, self._length[slots]).unsqueeze(1)
         own = (kept & (steps < drafted)).unsqueeze(-1) & (self._exit[slots][:, None, None] == self._each_exit)
         matched = own & (steps < accepted).unsqueeze(-1)
-        width = min(verified.longest, self._max_length)
+        width = min(verified.longest, self.max_length)
         confidence = torch.zeros(own.shape, device=slots.device)
         confidence[:, :width] = self._confidence[slots, :width].unsqueeze(-1)
 
@@ -202,20 +208,38 @@ class DynamicPolicy:
         limit: torch.Tensor,
         context: torch.Tensor,
     ) -> Plan:
-        stop_below = self.statistics.stop_below(slots)
+        self._allowed[slots] = limit > 0
+        if self._plan is not None:
+            plan, _, seconds = self._plan
+            self._time_round(slots, seconds)
+            length = torch.minimum(plan.length, limit)
+            longest = int(length.max()) if self._on_host else plan.longest
+            return replace(plan, length=length, longest=longest)
+        plan, seconds = self._make_plan(slots, limit, context)
+        self._plan, self._age = (plan, slots, seconds), 0
+        self._time_round(slots, seconds)
+        return plan
+
+    def _time_round(self, slots: torch.Tensor, seconds: torch.Tensor | None) -> None:
+        self._round = (self._began, slots, seconds) if seconds is not None else None
+
+    def _make_plan(
+        self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor
+    ) -> tuple[Plan, torch.Tensor | None]:
+        """A plan, and the seconds that a round of it is going to take, if costs are known."""
+        stop_below, seconds = self.statistics.stop_below(slots), None
         if self._planner is None:
             acceptance = self.statistics.acceptance(slots)
-            exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self._max_length)
+            exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
             length = limit
         else:
             acceptance = self.statistics.estimate(slots)
             decision = self._planner.plan(acceptance, limit, context)
             exit, length = decision.exit, decision.length
-            self._round = self._began, slots, decision.draft_time + decision.verify_time
+            seconds = decision.draft_time + decision.verify_time
             # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it
-            # may still be accepted: it ends a draft only if the next one would also not be worth its time. The chance
-            # of both is taken to be in proportion to confidence, which has its mean where acceptance has its own.
-            pays_above = self.statistics.confidence(slots) * decision.worth.unsqueeze(1) / acceptance.square()
+            # may still be accepted: it ends a draft only if the next one would also not be worth its time.
+            pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(1) / acceptance)
             stop_below = torch.minimum(stop_below, pays_above)
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
         if self._on_host:
@@ -225,8 +249,7 @@ class DynamicPolicy:
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
         stop_below, expected = (values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (stop_below, acceptance))
         self._expected[slots] = expected.nan_to_num()
-        self._allowed[slots] = limit > 0
-        return Plan(exit, length, stop_below, deepest, longest)
+        return Plan(exit, length, stop_below, deepest, longest), seconds
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
         """Rows beyond those of `slots` are padding."""
@@ -236,56 +259,6 @@ class DynamicPolicy:
         self._confidence[slots, :width] = drafts.confidence[:num_rows]
         if self._stopwatch:
             self._stopwatch.start(slots)
-
-
-class Stopwatch:
-    """How much longer than its forward pass the time between two drafting rounds is: the median of the last ones."""
-
-    def __init__(self, costs: CostTables) -> None:
-        self._costs = costs
-        self._seen: deque[float] = deque(maxlen=31)
-        self._started, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
-
-    def start(self, slots: torch.Tensor) -> None:
-        """Drafting has ended."""
-        self._started, self._slots = time.perf_counter(), slots
-
-    def overhead(self, slots: torch.Tensor, num_tokens: int, contexts: float) -> float:
-        """Seconds, after a verification of `num_tokens` of sequences whose context lengths add up to `contexts`.
-
-        Before other sequences there may have been a pause.
-        """
-        if self._slots is slots:
-            elapsed = time.perf_counter() - self._started
-            self._seen.append(max(0.0, elapsed - self._costs.verify_seconds(num_tokens, contexts)))
-        return median(self._seen) if self._seen else 0.0
-
-
-class Late:
-    """Values of the device as the host knows them without waiting: two rounds late.
-
-    Two, as the host runs up to one round ahead of the device; so what it reads has long arrived, and it is the same
-    value on every rank, which all have to launch as many steps.
-    """
-
-    def __init__(self, first: Any) -> None:
-        self._copies: deque[tuple[torch.Tensor, torch.cuda.Event | None, Any]] = deque()
-        self._first = first
-
-    def exchange(self, values: torch.Tensor, note: Any = None) -> tuple[Any, Any]:
-        """Take this round's values, and a note on them; give those of two rounds ago, as a list, and their note."""
-        event = None
-        copy = values.to("cpu", non_blocking=True, copy=True)
-        if values.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self._copies.append((copy, event, note))
-        if len(self._copies) <= 2:
-            return self._first, None
-        copy, event, note = self._copies.popleft()
-        if event is not None:
-            event.synchronize()
-        return copy.tolist(), note
 
 
 def _at(

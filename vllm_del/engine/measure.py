@@ -20,6 +20,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
+from vllm_del.draft.decide import DynamicPolicy, Verified
 from vllm_del.engine.rehearsal import Rehearsal
 from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts
 
@@ -60,6 +61,34 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     except OSError as error:
         logger.warning("del: the costs are not kept for the next start: %s", error)
     return measured
+
+
+def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> float:
+    """What `policy` takes to observe and plan a round of so many rows, on the host as on the device."""
+    slots, zeros = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    verified = Verified(
+        states=[],
+        input_ids=zeros,
+        start=zeros,
+        drafted=zeros,
+        accepted=zeros,
+        next_token=zeros,
+        sampled=zeros == 0,
+        longest=policy.max_length,
+        num_tokens=0,  # earns nothing for shadow tokens, so that none are scored
+        context=zeros,
+        only_decodes=True,
+        ended=[],
+        fresh=[],
+    )
+
+    def plan() -> None:
+        policy.observe(slots, verified)
+        policy.plan(slots, zeros + policy.max_length, zeros)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    return get_tp_group().broadcast_object(_seconds(plan), src=0)
 
 
 def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:

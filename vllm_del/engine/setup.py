@@ -9,12 +9,13 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Stopwatch
+from vllm_del.draft.clock import Pace, Stopwatch
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.network import EarlyExitNetwork, Layers
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.engine.layers import early_attention_layers
-from vllm_del.engine.measure import costs_of
+from vllm_del.engine.measure import costs_of, planning_seconds
 from vllm_del.engine.rehearsal import Rehearsal
 from vllm_del.policy.cost import CostTables
 from vllm_del.policy.planner import Planner
@@ -60,6 +61,13 @@ def make_policy(
             # Ranks that go by clocks of their own would plan differently, and wait for each other for ever.
             stopwatch = Stopwatch(costs)
     shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
-    return DynamicPolicy(
-        config.exits, network.num_layers, length, num_slots, shadow, planner, device, on_host, stopwatch
-    )
+
+    def build() -> DynamicPolicy:
+        exits, layers = config.exits, network.num_layers
+        return DynamicPolicy(exits, layers, length, num_slots, shadow, planner, device, on_host, stopwatch)
+
+    policy = build()
+    if costs is not None:
+        # With another one, as it learns from what it is timed with.
+        policy.pace = Pace(planning_seconds(build(), min(8, vllm_config.scheduler_config.max_num_seqs), device), costs)
+    return policy

@@ -6,6 +6,7 @@ own, and no prefill, because the target has computed the early layers' KV of eve
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Late, Verified
+from vllm_del.draft.clock import Late
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
 from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
 from vllm_del.draft.network import EarlyExitNetwork
@@ -198,8 +200,8 @@ class DelSpeculator(DraftModelSpeculator):
             self.wanted = dict(zip(requests or (), lengths, strict=True))
         if verified:
             lengths = [verified.get(request, num_steps) for request in request_ids]
-            plan.length = torch.minimum(plan.length, upload(lengths, self.device))
-            plan.longest = min(plan.longest, max(lengths))
+            length = torch.minimum(plan.length, upload(lengths, self.device))
+            plan = replace(plan, length=length, longest=min(plan.longest, max(lengths)))
         return plan
 
     def _verified(

@@ -14,6 +14,9 @@ DECAY = 0.95
 PRIOR_COUNT = 4.0
 """How many observations the mean over all sequences is worth where a sequence has its own."""
 
+ENOUGH = 8.0
+"""Observations below which nothing is read from their confidence but its means."""
+
 
 class AcceptanceStatistics:
     """Decayed counts of matches and mismatches and sums of confidence: by slot, exit and outcome.
@@ -26,6 +29,8 @@ class AcceptanceStatistics:
         # [slots, exits, 2]: of matches, of mismatches
         self._counts = torch.zeros(num_slots, num_exits, 2, dtype=torch.float64, device=device)
         self._confidence = torch.zeros_like(self._counts)
+        # [slots, exits]: of the squares of confidence
+        self._squares = torch.zeros(num_slots, num_exits, dtype=torch.float64, device=device)
         # [exits, 2]: of all sequences together. Even odds until something has been seen.
         self._pool = torch.full((num_exits, 2), 0.5, dtype=torch.float64, device=device)
 
@@ -37,6 +42,7 @@ class AcceptanceStatistics:
         """Forget these slots: other sequences are about to use them."""
         self._counts.index_fill_(0, slots, 0)
         self._confidence.index_fill_(0, slots, 0)
+        self._squares.index_fill_(0, slots, 0)
 
     def observe(
         self,
@@ -57,11 +63,13 @@ class AcceptanceStatistics:
         """
         outcome = torch.stack((scored & matched, scored & ~matched), dim=-1)
         # Selected, not multiplied: what was not scored may hold anything, NaN included.
-        sums = torch.where(outcome, confidence.unsqueeze(-1), 0).sum(1, dtype=self._counts.dtype)
+        seen = torch.where(scored, confidence, 0).to(self._counts.dtype)
+        sums = torch.where(outcome, seen.unsqueeze(-1), 0).sum(1)
         counts = outcome.sum(1)
         kept = self.decay ** scored.any(1).to(self._counts.dtype).unsqueeze(-1)
         self._counts[slots] = self._counts[slots] * kept + counts
         self._confidence[slots] = self._confidence[slots] * kept + sums
+        self._squares[slots] = self._squares[slots] * kept.squeeze(-1) + seen.square().sum(1)
         # As many rounds of memory for all sequences together as for each one.
         self._pool.mul_(self.decay ** scored.any(1).any(0).unsqueeze(-1).to(self._pool.dtype)).add_(counts.sum(0))
 
@@ -103,13 +111,25 @@ class AcceptanceStatistics:
         """
         return (self._confidence[slots] / self._counts[slots]).mean(-1)
 
-    def confidence(
+    def confidence_of(
         self,
         # [rows] int64
         slots: torch.Tensor,
+        # [rows, exits] float64
+        chance: torch.Tensor,
     ) -> torch.Tensor:
-        """The mean confidence of each exit's tokens, matched or not, [rows, exits] float64; NaN where none was seen."""
-        return self._confidence[slots].sum(-1) / self._counts[slots].sum(-1)
+        """The confidence at which a token is accepted with `chance`, [rows, exits] float64.
+
+        By a straight line through what was seen, of acceptance over confidence (least squares). `-inf` where that says
+        that there is none such: where higher confidence does not mean better chances, or where little was seen.
+        """
+        counts, sums = self._counts[slots], self._confidence[slots]
+        total = counts.sum(-1)
+        mean, rate = sums.sum(-1) / total, counts[..., 0] / total
+        variance = self._squares[slots] / total - mean.square()
+        covariance = sums[..., 0] / total - rate * mean
+        where = mean + (chance - rate) * variance / covariance
+        return where.where((covariance > 0) & (total >= ENOUGH), -torch.inf)
 
 
 def kept_positions(

@@ -1,0 +1,52 @@
+"""A plan serves several rounds where making one takes long beside a round, and never other sequences."""
+
+import torch
+
+from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy
+from vllm_del.draft.clock import PLANNING_SHARE, Pace
+from vllm_del.draft.decide import Verified
+
+
+def verified(only_decodes: bool = True) -> Verified:
+    zeros = torch.zeros(ROWS, dtype=torch.int64)
+    fields = dict.fromkeys(("input_ids", "start", "drafted", "accepted", "next_token", "context"), zeros)
+    states = [torch.rand(ROWS, HIDDEN) for _ in range(len(EXITS) + 1)]
+    more = {"states": states, "longest": 0, "num_tokens": ROWS, "ended": [], "fresh": []}
+    return Verified(**fields, **more, sampled=zeros == 0, only_decodes=only_decodes)  # type: ignore[arg-type]
+
+
+def test_rounds_of_a_plan() -> None:
+    costs = policy("goodput")._planner.costs  # type: ignore[union-attr]
+    share = PLANNING_SHARE * costs.verify_seconds(ROWS)
+    assert [Pace(seconds * share, costs).rounds(ROWS) for seconds in (0, 0.5, 1, 1.5, 3.5)] == [1, 1, 1, 2, 4]
+
+
+def test_made_anew_when_due_or_for_others() -> None:
+    mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
+    costs, limit = mine._planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
+    mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs)
+    made = []
+    original = mine._make_plan
+    mine._make_plan = lambda *args: made.append(1) or original(*args)  # type: ignore[func-returns-value, method-assign]
+
+    def made_by(batch: torch.Tensor, only_decodes: bool = True) -> bool:
+        before = len(made)
+        mine.observe(batch, verified(only_decodes))
+        plan = mine.plan(batch, limit, limit)
+        assert plan.exit.shape == limit.shape
+        return len(made) > before
+
+    assert [made_by(slots) for _ in range(7)] == [True, False, False, True, False, False, True]
+    assert made_by(others)
+    assert not made_by(others)
+    assert made_by(others, only_decodes=False)
+    assert made_by(slots)
+
+
+def test_what_there_is_room_for_is_new_each_round() -> None:
+    mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
+    mine.pace = Pace(1.0, policy("goodput")._planner.costs)  # type: ignore[union-attr]
+    for most in (LENGTH, 1, 0, 2):
+        mine.observe(slots, verified())
+        plan = mine.plan(slots, torch.full((ROWS,), most), torch.zeros(ROWS))
+        assert (plan.length <= most).all()
