@@ -16,14 +16,14 @@ def verified(only_decodes: bool = True) -> Verified:
 
 
 def test_rounds_of_a_plan() -> None:
-    costs = policy("goodput")._planner.costs  # type: ignore[union-attr]
+    costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
     assert [Pace(seconds * share, costs).rounds(ROWS) for seconds in (0, 0.5, 1, 1.5, 3.5)] == [1, 1, 1, 2, 4]
 
 
 def test_made_anew_when_due_or_for_others() -> None:
     mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
-    costs, limit = mine._planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
+    costs, limit = mine.planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
     mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs)
     made = []
     original = mine._make_plan
@@ -45,7 +45,7 @@ def test_made_anew_when_due_or_for_others() -> None:
 
 def test_what_there_is_room_for_is_new_each_round() -> None:
     mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
-    mine.pace = Pace(1.0, policy("goodput")._planner.costs)  # type: ignore[union-attr]
+    mine.pace = Pace(1.0, policy("goodput").planner.costs)  # type: ignore[union-attr]
     for most in (LENGTH, 1, 0, 2):
         mine.observe(slots, verified())
         plan = mine.plan(slots, torch.full((ROWS,), most), torch.zeros(ROWS))

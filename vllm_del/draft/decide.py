@@ -86,7 +86,7 @@ class DynamicPolicy:
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
         self._shadow = shadow
-        self._planner = planner
+        self.planner = planner
         self._on_host = on_host
         self._stopwatch = stopwatch
         self._num_layers = num_layers
@@ -132,9 +132,9 @@ class DynamicPolicy:
         if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots)):
             return
         self._plan = None
-        if self._planner and self._stopwatch:
+        if self.planner and self._stopwatch:
             contexts = float(verified.context.sum())
-            self._planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
+            self.planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
         if verified.ended:
             self._observe_prompts(slots, verified)
         steps = torch.arange(verified.longest + 1, device=slots.device)
@@ -228,13 +228,13 @@ class DynamicPolicy:
     ) -> tuple[Plan, torch.Tensor | None]:
         """A plan, and the seconds that a round of it is going to take, if costs are known."""
         stop_below, seconds = self.statistics.stop_below(slots), None
-        if self._planner is None:
+        if self.planner is None:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
             length = limit
         else:
             acceptance = self.statistics.estimate(slots)
-            decision = self._planner.plan(acceptance, limit, context)
+            decision = self.planner.plan(acceptance, limit, context)
             exit, length = decision.exit, decision.length
             seconds = decision.draft_time + decision.verify_time
             # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it

@@ -178,7 +178,7 @@ def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwar
     """
     result = original(self, *args, **kwargs)
     if isinstance(self.vllm_config.speculative_config, DelConfig):
-        _drafter(self.model_runner).prepare_to_serve()
+        drafter_of(self.model_runner).prepare_to_serve()
     return result
 
 
@@ -191,7 +191,7 @@ def _hand_over_the_allowance(
     The runner's, and not the worker's, as some executors call the runner themselves.
     """
     if (allowance := getattr(scheduler_output, "del_allowance", None)) is not None:
-        _drafter(self).allowance = allowance
+        drafter_of(self).allowance = allowance
     return original(self, scheduler_output, *args, **kwargs)
 
 
@@ -203,7 +203,7 @@ def _report(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     output = original(self, *args, **kwargs)
     if isinstance(self.vllm_config.speculative_config, DelConfig) and output is not None:
-        drafter = _drafter(self)
+        drafter = drafter_of(self)
         # Each once, also where the next step brings no new one.
         report, drafter.report = drafter.report, None
         getattr(output, "model_runner_output", output).del_report = report
@@ -224,7 +224,7 @@ def _count_for_prometheus(original: Callable, self: "StatLoggerManager", *args: 
         self.stat_loggers.insert(0, DelStatLogger(vllm_config, self.engine_indexes))
 
 
-def _drafter(runner: Any) -> Any:
+def drafter_of(runner: Any) -> Any:
     """The `DelSpeculator` or the `DelProposer` of a model runner."""
     return runner.speculator if runner.vllm_config.use_v2_model_runner else runner.drafter
 

@@ -73,6 +73,13 @@ class AcceptanceStatistics:
         # As many rounds of memory for all sequences together as for each one.
         self._pool.mul_(self.decay ** scored.any(1).any(0).unsqueeze(-1).to(self._pool.dtype)).add_(counts.sum(0))
 
+    def take_totals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts and sums of confidence over all slots, [exits, 2] float64 each, matches first; all slots are reset."""
+        totals = self._counts.sum(0), self._confidence.sum(0)
+        for sums in (self._counts, self._confidence, self._squares):
+            sums.zero_()
+        return totals
+
     def acceptance(
         self,
         # [rows] int64

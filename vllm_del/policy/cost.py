@@ -78,6 +78,8 @@ class CostTables:
     """
 
     def __init__(self, measured: MeasuredCosts, max_rows: int, max_length: int, device: torch.device) -> None:
+        self.measured = measured
+
         def table(places: Sequence[int], values: Sequence[float], most: int) -> torch.Tensor:
             dense = _dense(places, values, most)
             return torch.tensor(dense, dtype=torch.float64, device=device)

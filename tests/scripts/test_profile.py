@@ -1,0 +1,74 @@
+"""`vllm-del profile`: what it finds of the demo model, and what it says of any."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.conftest import DEMO_MODEL
+from vllm_del import cli
+from vllm_del.policy.cost import MeasuredCosts
+from vllm_del.policy.predict import ExitProfile, Profile
+
+COSTS = MeasuredCosts((1, 64), (0.0, 0.0), (1e-3, 2e-3), (1, 512), (1e-3, 2e-3), (1, 448), (16e-3, 32e-3))
+
+
+def profile_of(agreement: float) -> Profile:
+    return Profile("org/model", 16, 6, 900, 200, [ExitProfile(4, 900, agreement, 0.8, 0.4)], COSTS)
+
+
+@pytest.mark.engine
+def test_the_demo_model(tmp_path: Path) -> None:
+    """Every exit is asked at every token, and its agreement is as its card says, more or less: other text, greedy."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import os\\n\\n\\ndef walk(top):\\n\n\nclass Stack:\\n    def __init__(self):\\n\n")
+    command = [str(Path(sys.executable).with_name("vllm-del")), "profile", str(DEMO_MODEL), "--json", "--batch", "4"]
+    command += ["--prompts", str(prompts), "--max-tokens", "48", "--exits", "2,4,6", "--plot", str(tmp_path / "p.png")]
+    command += ["--engine-args", json.dumps({"dtype": "float32", "max_model_len": 256, "enforce_eager": True})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert [exit["depth"] for exit in found["exits"]] == [2, 4, 6]
+    assert all(96 <= exit["asked"] <= 96 + 2 * 32 for exit in found["exits"])
+    assert all(0.3 < exit["agreement"] <= 1 for exit in found["exits"])
+    assert found["exits"][0]["agreement"] < found["exits"][2]["agreement"]
+    assert found["exits"][1]["confidence_right"] > found["exits"][1]["confidence_wrong"]
+    assert [prediction["batch"] for prediction in found["predictions"]] == [1, 4]
+    assert found["costs"]["verify"][0] > found["costs"]["layer"][0] > 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_it_advises(capsys: pytest.CaptureFixture[str]) -> None:
+    good = profile_of(0.95)
+    configuration = good.configuration([1, 4])
+    assert configuration is not None
+    assert configuration["del_exit_layers"] == [4]
+    cli.show(good, good.predictions([1, 4]), configuration)
+    assert json.dumps(configuration) in capsys.readouterr().out
+
+
+def test_it_says_plainly_when_del_will_not_pay(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = profile_of(0.05)
+    assert bad.configuration([1, 4]) is None
+    cli.show(bad, bad.predictions([1, 4]), None)
+    out = capsys.readouterr().out
+    assert "del will not pay for this model here" in out
+    assert "no drafts" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--exits", "2,x"], "--exits '2,x'"),
+        (["--prompts", "/nowhere"], "--prompts /nowhere"),
+        (["--engine-args", "[1]"], "--engine-args '[1]'"),
+        (["--engine-args", "{"], "--engine-args '{'"),
+    ],
+)
+def test_options_that_are_not_understood(arguments: list[str], words: str) -> None:
+    done = CliRunner().invoke(cli.app, ["profile", "org/model", *arguments])
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.replace("│", " ").split())

@@ -1,0 +1,87 @@
+"""Runs a model in vLLM without drafting, asks every exit what it would have said, and reads what came of it."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm_del.policy.cost import MeasuredCosts
+from vllm_del.policy.predict import ExitProfile, Profile
+
+
+def profile(
+    model: str,
+    prompts: Sequence[str],
+    exits: Sequence[int] | None,
+    max_tokens: int,
+    batch: int,
+    max_draft: int,
+    advance: Callable[[int], None],
+    engine_args: dict[str, Any],
+) -> Profile:
+    """Decode `prompts` greedily, up to `max_tokens` tokens each; `advance` is told how many have ended.
+
+    `exits`: the depths to ask, `None` for up to seven that divide the model evenly. Raises what `LLM` raises.
+    """
+    # Read when vLLM is imported: the engine runs in this process, so that what it learns can be read, and its log is
+    # not in the way of what is printed.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm import LLM, EngineArgs, SamplingParams
+
+    depth = EngineArgs(model=model, **engine_args).create_model_config().get_total_num_hidden_layers()
+    asked = sorted(exits) if exits else sorted({max(1, round(depth * part / 8)) for part in range(1, 8)} - {depth})
+    config = {
+        "method": "del",
+        "num_speculative_tokens": max_draft,
+        "del_exit_layers": asked,
+        # As much for asking exits as for the model itself: it is what this run is for.
+        "del_shadow_budget": 1.0,
+    }
+    llm = LLM(model, speculative_config=config, max_num_seqs=batch, **engine_args)
+    llm.collective_rpc(_remember_everything)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"del": {"enabled": False}})
+    tokens = contexts = 0
+    totals = [[0.0] * 4 for _ in asked]
+    for start in range(0, len(prompts), batch):
+        outputs = llm.generate(list(prompts[start : start + batch]), params, use_tqdm=False)
+        for output in outputs:
+            generated = len(output.outputs[0].token_ids)
+            tokens += generated
+            contexts += generated * (len(output.prompt_token_ids or ()) + generated // 2)
+        for total, seen in zip(totals, llm.collective_rpc(_take)[0], strict=True):
+            total[:] = [a + b for a, b in zip(total, seen, strict=True)]
+        advance(len(outputs))
+    (costs, *_) = llm.collective_rpc(_costs)
+    by_exit = [_exit_profile(layers, *total) for layers, total in zip(asked, totals, strict=True)]
+    return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs)
+
+
+def _exit_profile(depth: int, matches: float, mismatches: float, right: float, wrong: float) -> ExitProfile:
+    def share(part: float, whole: float) -> float:
+        return part / whole if whole else float("nan")
+
+    asked = matches + mismatches
+    return ExitProfile(depth, int(asked), share(matches, asked), share(right, matches), share(wrong, mismatches))
+
+
+def _policy(worker: Any) -> Any:
+    from vllm_del.engine.patches import drafter_of
+
+    return drafter_of(worker.model_runner).policy
+
+
+def _remember_everything(worker: Any) -> None:
+    """In the worker: nothing fades, and every round counts."""
+    policy = _policy(worker)
+    policy.statistics.decay = 1.0
+    policy.pace = None
+
+
+def _take(worker: Any) -> list[list[float]]:
+    """In the worker: by exit, matches and mismatches since last time, and the sums of confidence of either."""
+    counts, sums = _policy(worker).statistics.take_totals()
+    return [[*of_counts, *of_sums] for of_counts, of_sums in zip(counts.tolist(), sums.tolist(), strict=True)]
+
+
+def _costs(worker: Any) -> MeasuredCosts:
+    return _policy(worker).planner.costs.measured
