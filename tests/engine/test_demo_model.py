@@ -24,9 +24,10 @@ def test_drafts_are_accepted_and_the_text_is_the_models_own(host: Host) -> None:
     off = host.generate(str(DEMO_MODEL), prompts, sampling)
     on = host.generate(str(DEMO_MODEL), prompts, sampling, "del")
     assert on.completions == off.completions
-    assert on.accepted / on.drafted > 0.3
-    # Fewer tokens, and what the policy has learnt gets to the scheduler some steps later.
-    assert on.steps < (0.7 if host.runner == "v1" else 0.8) * off.steps
+    # V2 has fewer tokens here, and what its policy has learnt gets to the scheduler some steps later.
+    share, steps = (0.3, 0.7) if host.runner == "v1" else (0.2, 0.85)
+    assert on.accepted / on.drafted > share
+    assert on.steps < steps * off.steps
 
 
 @pytest.mark.parametrize("host", ["v1"], indirect=True)

@@ -29,8 +29,11 @@ logger = init_logger(f"vllm.{__name__}")
 FORMAT = 2
 """Of the file; another one is not read."""
 
-REPEATS = 5
-LONGEST_SECONDS = 4.0
+REPEATS = (2, 8)
+SECONDS_EACH = 0.25
+"""A time is taken so often, or for so long."""
+
+LONGEST_SECONDS = 6.0
 """No larger batch is tried once one table has taken this long; what is larger costs in proportion."""
 
 
@@ -155,13 +158,19 @@ def _places(most: int) -> Iterator[int]:
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    """The shortest time of `run`, after a first time that does not count: what else the machine did only adds to it."""
-    times = []
-    for _ in range(1 + REPEATS):
+    """The shortest time of `run`, after a first time that does not count: what else the machine did only adds to it.
+
+    As often as fits in `SECONDS_EACH`, within limits; all ranks as often as the first one.
+    """
+
+    def timed() -> float:
         begin = time.perf_counter()
         run()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+        return time.perf_counter() - begin
+
+    first = get_tp_group().broadcast_object(timed(), src=0)
+    fewest, most = REPEATS
+    return min(timed() for _ in range(max(fewest, min(most, int(SECONDS_EACH / max(first, 1e-9))))))
 
 
 def _path(vllm_config: VllmConfig) -> Path:
