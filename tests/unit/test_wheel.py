@@ -58,4 +58,4 @@ def test_requires_no_vllm(wheel: zipfile.ZipFile):
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = importlib.metadata.PathDistribution(zipfile.Path(wheel, name.rsplit("/", 1)[0] + "/")).metadata
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert required == ["packaging"]
+    assert required == ["packaging", "rich", "typer"]
