@@ -60,7 +60,7 @@ def profile(
             bar.update(task, advance=number, description="Prompts")
 
         result = run(model, texts, depths, max_tokens, batch, max_draft, advance, _json_object(engine_args))
-    batches = [number for number in BATCHES if number <= batch]
+    batches = sorted({*(number for number in BATCHES if number < batch), batch})
     predictions = result.predictions(batches)
     configuration = result.configuration(batches)
     if plot:

@@ -54,7 +54,7 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         return measured
     begin = time.perf_counter()
     measured = get_tp_group().broadcast_object(_measure(vllm_config, rehearsal, exits), src=0)
-    logger.info_once("del: costs of a round measured in %.1f s", time.perf_counter() - begin)
+    logger.info_once("del: costs of a round measured in %.1f s: %s", time.perf_counter() - begin, saved)
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
         # Other ranks and other servers may write it too: each a whole one.
