@@ -10,7 +10,6 @@ near-ties may differ, and how often is said). The model is one of `synthetic.py`
 
 import json
 import os
-import platform
 import random
 import sys
 import time
@@ -30,13 +29,14 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from synthetic import tokens_of
 from vllm import LLM, SamplingParams
+
+from vllm_del.engine.measure import machine
 
 WORKLOADS = "easy x1,easy x4,easy x8,hard x1,hard x2,hard x4,hard x8,hard x16,mixed x4,mixed x8"
 CLASSES = {"easy": ["easy"], "hard": ["hard"], "mixed": ["easy", "hard", "turning easy", "turning hard"]}
@@ -137,7 +137,7 @@ def main(
             ups = ", ".join(f"{name} {of['speed_up']:.2f}" for name, of in found.items() if name != "off")
             console.print(f"{workload}: off {found['off']['tokens_per_second']:.1f} tokens/s; {ups}")
     results = {
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": _vllm_version()},
         "model": json.loads((model / "synthetic.json").read_text()) if (model / "synthetic.json").exists() else {},
         "settings": {"dtype": dtype, "tokens": tokens, "repeats": repeats, "exits": exits, "longest": longest},
@@ -176,15 +176,6 @@ def show(results: dict[str, Any]) -> None:
         ups = [f"{found[name]['speed_up']:.2f}" for name in contenders[1:]]
         table.add_row(workload, f"{found['off']['tokens_per_second']:.1f}", *ups)
     console.print(table)
-
-
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _vllm_version() -> str:

@@ -163,7 +163,8 @@ def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
             if process.poll() is not None:
                 raise ChildProcessError(f"ended with exit code {process.returncode} while starting")
             status.update(f"{elapsed:3.0f} s [dim]{escape(server.last_lines(1)[: max(0, console.width - 12)])}[/]")
-            time.sleep(0.25)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.25)  # /health can only be asked again; an end is noticed at once
     raise TimeoutError(f"did not answer within {START_TIMEOUT_S} s")
 
 

@@ -6,22 +6,24 @@ from tests.contract import source
 from tests.contract.places import PROPOSER, RUNNER_V1, RUNNER_V2, at, ours, parameters
 
 
+def calls(runner: str, function: str) -> list[source.Call]:
+    """Those that a runner makes of `function`."""
+    found = [call for call in source.calls_in(at(runner)) if call.function == function]
+    assert found, f"{runner} calls {function} no more"
+    return found
+
+
 class TestV2Runner:
     """How it makes its speculator, and what it calls on it."""
 
-    def calls(self, function: str) -> list[source.Call]:
-        found = [call for call in source.calls_in(at(RUNNER_V2)) if call.function == function]
-        assert found, f"{RUNNER_V2} calls {function} no more"
-        return found
-
     def test_makes_its_speculator_by_the_name_we_patch(self):
-        (call,) = self.calls("init_speculator")
+        (call,) = calls(RUNNER_V2, "init_speculator")
         assert call.positional == ("self.vllm_config", "self.device", "self.req_states")
         assert not call.keywords
 
     def test_calls_what_our_speculator_has(self):
         for name in ("load_model", "set_attn", "init_cudagraph_manager", "capture", "propose"):
-            for call in self.calls(f"self.speculator.{name}"):
+            for call in calls(RUNNER_V2, f"self.speculator.{name}"):
                 method = getattr(ours("DelSpeculator"), name)
                 assert (misfit := call.misfit(method, is_bound=True)) is None, misfit
 
@@ -33,7 +35,7 @@ class TestV2Runner:
         assert "draft_model_config.hf_config" in reads
 
     def test_order_of_what_propose_gets(self):
-        (call,) = (call for call in self.calls("self.speculator.propose") if call.positional)
+        (call,) = (call for call in calls(RUNNER_V2, "self.speculator.propose") if call.positional)
         assert call.positional[0] == "input_batch"
         assert call.positional[5:8] == ("num_sampled", "num_rejected", "self.req_states.last_sampled_tokens")
         mine = parameters(ours("DelSpeculator").propose)
@@ -43,7 +45,7 @@ class TestV2Runner:
     def test_what_propose_needs_comes_by_keyword(self):
         """A positional one would be lost in our `*_`, one of another name in our `**__`."""
         needed = {"num_speculative_tokens", "dp_sync_state", "dummy_run", "skip_attn_for_dummy_run"}
-        assert needed <= {keyword for call in self.calls("self.speculator.propose") for keyword in call.keywords}
+        assert needed <= {keyword for call in calls(RUNNER_V2, "self.speculator.propose") for keyword in call.keywords}
         assert needed <= set(parameters(ours("DelSpeculator").propose))
 
     def test_drops_what_was_drafted_beyond_the_scheduled_length(self):
@@ -53,16 +55,11 @@ class TestV2Runner:
 class TestV1Runner:
     """How it makes its proposer, and what it calls on it; the CPU's runner inherits all that."""
 
-    def calls(self, function: str) -> list[source.Call]:
-        found = [call for call in source.calls_in(at(RUNNER_V1)) if call.function == function]
-        assert found, f"{RUNNER_V1} calls {function} no more"
-        return found
-
     def test_is_what_the_cpu_runner_is(self):
         assert issubclass(at("vllm.v1.worker.cpu_model_runner:CPUModelRunner"), at(RUNNER_V1))
 
     def test_makes_its_proposer_by_the_class_we_patch(self):
-        (call,) = self.calls("DraftModelProposer")
+        (call,) = calls(RUNNER_V1, "DraftModelProposer")
         assert not call.positional
         assert set(call.keywords) == {"vllm_config", "device", "runner"}
         assert at("vllm.v1.worker.gpu_model_runner:DraftModelProposer") is at(PROPOSER)
@@ -78,13 +75,13 @@ class TestV1Runner:
 
     def test_calls_what_our_proposer_has(self):
         for name in ("load_model", "initialize_attn_backend", "prepare_inputs_padded", "dummy_run"):
-            for call in self.calls(f"self.drafter.{name}"):
+            for call in calls(RUNNER_V1, f"self.drafter.{name}"):
                 method = getattr(ours("DelProposer"), name)
                 assert (misfit := call.misfit(method, is_bound=True)) is None, misfit
 
     def test_what_propose_gets(self):
         """The other drafters get other arguments."""
-        (call,) = (call for call in self.calls("self.drafter.propose") if "target_token_ids" in call.keywords)
+        (call,) = (call for call in calls(RUNNER_V1, "self.drafter.propose") if "target_token_ids" in call.keywords)
         assert (misfit := call.misfit(ours("DelProposer").propose, is_bound=True)) is None, misfit
         needed = {"num_speculative_tokens", "next_token_ids", "common_attn_metadata", "num_rejected_tokens_gpu"}
         assert needed <= set(call.keywords)
@@ -99,5 +96,5 @@ class TestV1Runner:
         assert (name, True) in used, f"{RUNNER_V1}._input_fits_in_drafter does not read {name} any more"
 
     def test_rows_in_prefill_are_told_by_the_mask_we_read(self):
-        for call in self.calls("self.drafter.prepare_next_token_ids_padded"):
+        for call in calls(RUNNER_V1, "self.drafter.prepare_next_token_ids_padded"):
             assert "self.discard_request_mask.gpu" in call.positional

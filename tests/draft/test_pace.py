@@ -26,8 +26,8 @@ def test_made_anew_when_due_or_for_others() -> None:
     costs, limit = mine.planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
     mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs)
     made = []
-    original = mine._make_plan
-    mine._make_plan = lambda *args: made.append(1) or original(*args)  # type: ignore[func-returns-value, method-assign]
+    original = mine._choose
+    mine._choose = lambda *args: made.append(1) or original(*args)  # type: ignore[func-returns-value, method-assign]
 
     def made_by(batch: torch.Tensor, only_decodes: bool = True) -> bool:
         before = len(made)
@@ -50,3 +50,15 @@ def test_what_there_is_room_for_is_new_each_round() -> None:
         mine.observe(slots, verified())
         plan = mine.plan(slots, torch.full((ROWS,), most), torch.zeros(ROWS))
         assert (plan.length <= most).all()
+
+
+def test_the_host_knows_the_bounds_two_rounds_late_however_long_a_choice_serves() -> None:
+    """Not two choices late, in which steps would be launched that no row drafts in."""
+    mine, slots = policy("goodput"), torch.tensor([3, 1, 0, 7])
+    mine.pace = Pace(100.0, mine.planner.costs)  # type: ignore[union-attr]
+    seen = []
+    for _ in range(4):
+        mine.observe(slots, verified())
+        seen.append(mine.plan(slots, torch.ones(ROWS, dtype=torch.int64), torch.zeros(ROWS)).longest)
+    assert seen[:2] == [LENGTH, LENGTH]
+    assert seen[2] == seen[3] <= 1

@@ -141,7 +141,7 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
         _engines.popitem(last=False)[1].engine_core.shutdown()
     options = {**ENGINE_DEFAULTS, **options}
     # As vLLM has it where each runner is at home: V2 on a GPU schedules asynchronously, V1 on a CPU does not.
-    with _async_scheduling(bool(options.pop("async_scheduling", "TRITON_INTERPRET" in os.environ))):
+    with async_scheduling(bool(options.pop("async_scheduling", "TRITON_INTERPRET" in os.environ))):
         config = dict(spec) if isinstance(spec, dict) else spec
         _engines[key] = LLMEngine.from_engine_args(EngineArgs(model=model, speculative_config=config, **options))
     return _engines[key]
@@ -155,7 +155,7 @@ def _use_made_up_costs() -> None:
 
 
 @contextmanager
-def _async_scheduling(wanted: bool) -> Iterator[None]:
+def async_scheduling(wanted: bool) -> Iterator[None]:
     """The CPU platform switches asynchronous scheduling off; inside, it is what the test says."""
     from vllm.platforms.cpu import CpuPlatform
 

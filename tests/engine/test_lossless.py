@@ -101,7 +101,7 @@ def test_one_long_sequence_does_not_stop_the_others_drafting(host: Host, model: 
     on = host.serve(model, [near_the_end, other], {**SPEC, "num_speculative_tokens": 7}, max_model_len=96)
     alone = host.serve(model, [other], {**SPEC, "num_speculative_tokens": 7}, max_model_len=96)
     assert on.completions[1] == alone.completions[0]
-    assert on.accepted >= alone.accepted
+    assert on.accepted >= alone.accepted > 0
 
 
 def test_stop_strings_and_stop_tokens_inside_a_draft(host: Host, model: str) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.engine.host import async_scheduling
 from vllm_del.engine.messages import Report
 
 BLOCK = 16
@@ -66,18 +68,9 @@ def make_scheduler(vllm_config: VllmConfig, num_blocks: int, is_async: bool) -> 
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
-def is_async(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The CPU platform switches asynchronous scheduling off; here it is what the test says."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.__dict__["check_and_update_config"]
-
-    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
-        original.__func__(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = request.param
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
-    return request.param
+def is_async(request: pytest.FixtureRequest) -> Iterator[bool]:
+    with async_scheduling(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -191,7 +184,7 @@ def test_hardly_a_preemption_that_off_would_not_have_had(run) -> None:
     """Sixty crowds that do not fit. Who drafts gets on faster than its neighbours, so that steps cannot be compared one
     by one; but where off preempts nobody, no draft makes it happen, and over all crowds there are no more of them.
     """
-    without = with_drafts = quiet = 0
+    without = with_drafts = quiet = accepted = 0
     for seed in range(60):
         rng = random.Random(seed)
         sequences = [
@@ -202,9 +195,11 @@ def test_hardly_a_preemption_that_off_would_not_have_had(run) -> None:
         off, on = run(sequences, blocks), run(sequences, blocks, SPEC)
         without, with_drafts = without + off.preemptions, with_drafts + on.preemptions
         quiet += off.preemptions == 0
+        accepted += on.accepted.total()
         assert off.preemptions or not on.preemptions, f"crowd {seed}"
     assert without > 20
     assert quiet > 10
+    assert accepted > 1000
     assert with_drafts <= without
 
 
@@ -214,6 +209,7 @@ def test_a_waiting_request_is_let_in_although_others_draft(run) -> None:
     for arrival in range(3, 14):
         on = run([Sequence(30, 60), Sequence(30, 60), Sequence(64, 10, arrival=arrival)], 6 + 6 + 5 + 1, SPEC)
         assert on.preemptions == 0
+        assert on.accepted.total() > 20
         waits.append(on.first["2"] - arrival)
     assert max(waits) <= LONGEST + 2
     assert min(waits) == 0

@@ -6,7 +6,7 @@ lives, whatever row of the batch it is in.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +15,7 @@ from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
 from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.upload import upload
-from vllm_del.policy.acceptance import AcceptanceStatistics
+from vllm_del.policy.acceptance import AcceptanceStatistics, kept_positions
 from vllm_del.policy.objective import best_by_tokens_per_layer
 from vllm_del.policy.planner import Planner
 
@@ -47,8 +47,23 @@ class Verified:
     only_decodes: bool
     # rows that ended their prompt in this step, and how many of its positions before the last one count
     ended: Sequence[tuple[int, int]]
-    # rows of sequences seen for the first time
+    # rows of sequences seen for the first time, or again in another slot
     fresh: Sequence[int]
+
+
+@dataclass
+class Choice:
+    """What is best for some sequences, for as many rounds as it serves: tensors on the model's device."""
+
+    # [rows] int64 each: of whom, after which segment they leave, and how long their drafts are
+    slots: torch.Tensor
+    exit: torch.Tensor
+    length: torch.Tensor
+    # [rows, exits] float64: a draft less probable than this is the last one, and what acceptance is expected
+    stop_below: torch.Tensor
+    acceptance: torch.Tensor
+    # scalar float64: what a round takes, if costs are known
+    seconds: torch.Tensor | None
 
 
 class FixedPolicy:
@@ -102,16 +117,16 @@ class DynamicPolicy:
         self._allowed = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self._tally = Tally(len(exits), max_length)
         self._late_counts = Late(first=None)
-        # When the last round began, of whom, and the seconds it was planned to take
+        # When this round began; when the last one did, and what it was to be
         self._began = 0.0
-        self._round: tuple[float, torch.Tensor, torch.Tensor] | None = None
-        # If set: a plan serves several rounds of the same sequences. The last one, of whom, its time, and its age
+        self._round: tuple[float, Choice] | None = None
+        # If set, a choice serves several rounds of the same sequences: the one that does, and its age in rounds
         self.pace: Pace | None = None
-        self._plan: tuple[Plan, torch.Tensor, torch.Tensor | None] | None = None
+        self._choice: Choice | None = None
         self._age = 0
         self._bounds = Late((len(exits) - 1, max_length))
 
-    def forget(self, slots: torch.Tensor) -> None:
+    def _forget(self, slots: torch.Tensor) -> None:
         self.statistics.reset(slots)
         self._length.index_fill_(0, slots, 0)
         self._allowed.index_fill_(0, slots, False)
@@ -125,13 +140,16 @@ class DynamicPolicy:
         return self._tally.counts(known) if known else None
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
+        """Learn from a verification."""
+        if verified.fresh:
+            self._forget(slots[upload(verified.fresh, slots.device)])
         self._count(slots, verified)
         self._shadow.earn(verified.num_tokens)
         self._age += 1
-        of_these = self._plan is not None and self._plan[1] is slots and verified.only_decodes
+        of_these = self._choice is not None and self._choice.slots is slots and verified.only_decodes
         if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots)):
             return
-        self._plan = None
+        self._choice = None
         if self.planner and self._stopwatch:
             contexts = float(verified.context.sum())
             self.planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
@@ -139,7 +157,7 @@ class DynamicPolicy:
             self._observe_prompts(slots, verified)
         steps = torch.arange(verified.longest + 1, device=slots.device)
         accepted = verified.accepted.unsqueeze(1)
-        kept = (steps <= accepted) & verified.sampled.unsqueeze(1)
+        kept = kept_positions(verified.accepted, len(steps)) & verified.sampled.unsqueeze(1)
         # What the exit that drafted said is known: it was verified. [rows, positions, exits]
         drafted = torch.minimum(verified.drafted, self._length[slots]).unsqueeze(1)
         own = (kept & (steps < drafted)).unsqueeze(-1) & (self._exit[slots][:, None, None] == self._each_exit)
@@ -159,7 +177,7 @@ class DynamicPolicy:
             at = (verified.start[row] + step).clamp_max(last)
             accepted_token = verified.input_ids[(at + 1).clamp_max(last)]
             target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row])
-            token, probability = self._shadow.score(_at(verified.states, at, exit))
+            token, probability = self._shadow.score(verified.states, at, exit)
             # Where fewer are wanted than were chosen, the rest must not touch what was verified.
             new = wanted.view(-1)[places]
             matched.view(-1)[places] = torch.where(new, token == target, matched.view(-1)[places])
@@ -173,8 +191,10 @@ class DynamicPolicy:
         allowed = self._allowed[slots] & verified.sampled
         self._tally.add(self._exit[slots], drafted, accepted, self._expected[slots], allowed)
         now = time.perf_counter()
-        if self._round is not None and verified.only_decodes and self._round[1] is slots:
-            self._tally.add_time(self._round[2], now - self._round[0])
+        if self._round is not None and verified.only_decodes:
+            begin, choice = self._round
+            if choice.slots is slots and choice.seconds is not None:
+                self._tally.add_time(choice.seconds, now - begin)
         self._round = None
         self._began = now
 
@@ -190,7 +210,7 @@ class DynamicPolicy:
         row, back = row[chosen], back[chosen]
         at = (verified.start[row] - back).repeat_interleave(each)
         exit = torch.arange(each, device=slots.device).repeat(number)
-        token, probability = self._shadow.score(_at(verified.states, at, exit))
+        token, probability = self._shadow.score(verified.states, at, exit)
         token, probability = token.view(number, each), probability.view(number, each)
         # [rows, positions, exits]
         shape = (len(slots), PROMPT_POSITIONS, each - 1)
@@ -208,48 +228,40 @@ class DynamicPolicy:
         limit: torch.Tensor,
         context: torch.Tensor,
     ) -> Plan:
-        self._allowed[slots] = limit > 0
-        if self._plan is not None:
-            plan, _, seconds = self._plan
-            self._time_round(slots, seconds)
-            length = torch.minimum(plan.length, limit)
-            longest = int(length.max()) if self._on_host else plan.longest
-            return replace(plan, length=length, longest=longest)
-        plan, seconds = self._make_plan(slots, limit, context)
-        self._plan, self._age = (plan, slots, seconds), 0
-        self._time_round(slots, seconds)
-        return plan
-
-    def _time_round(self, slots: torch.Tensor, seconds: torch.Tensor | None) -> None:
-        self._round = (self._began, slots, seconds) if seconds is not None else None
-
-    def _make_plan(
-        self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor
-    ) -> tuple[Plan, torch.Tensor | None]:
-        """A plan, and the seconds that a round of it is going to take, if costs are known."""
-        stop_below, seconds = self.statistics.stop_below(slots), None
-        if self.planner is None:
-            acceptance = self.statistics.acceptance(slots)
-            exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
-            length = limit
-        else:
-            acceptance = self.statistics.estimate(slots)
-            decision = self.planner.plan(acceptance, limit, context)
-            exit, length = decision.exit, decision.length
-            seconds = decision.draft_time + decision.verify_time
-            # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it
-            # may still be accepted: it ends a draft only if the next one would also not be worth its time.
-            pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(1) / acceptance)
-            stop_below = torch.minimum(stop_below, pays_above)
+        if self._choice is None:
+            self._choice, self._age = self._choose(slots, limit, context), 0
+        choice = self._choice
+        # What there is room for may be less by now.
+        exit, length = choice.exit, torch.minimum(choice.length, limit)
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
         if self._on_host:
             deepest, longest = wanted.tolist()
         else:
             (deepest, longest), _ = self._bounds.exchange(wanted)
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
-        stop_below, expected = (values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (stop_below, acceptance))
+        stop_below, expected = (
+            values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (choice.stop_below, choice.acceptance)
+        )
+        self._allowed[slots] = limit > 0
         self._expected[slots] = expected.nan_to_num()
-        return Plan(exit, length, stop_below, deepest, longest), seconds
+        self._round = self._began, choice
+        return Plan(exit, length, stop_below, deepest, longest)
+
+    def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
+        stop_below = self.statistics.stop_below(slots)
+        if self.planner is None:
+            acceptance = self.statistics.acceptance(slots)
+            exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
+            longest = torch.full_like(limit, self.max_length)
+            return Choice(slots, exit, longest, stop_below, acceptance, None)
+        acceptance = self.statistics.estimate(slots)
+        decision = self.planner.plan(acceptance, limit, context)
+        # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
+        # still be accepted: it ends a draft only if the next one would also not be worth its time.
+        pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(1) / acceptance)
+        stop_below = torch.minimum(stop_below, pays_above)
+        seconds = decision.draft_time + decision.verify_time
+        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, seconds)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
         """Rows beyond those of `slots` are padding."""
@@ -259,13 +271,3 @@ class DynamicPolicy:
         self._confidence[slots, :width] = drafts.confidence[:num_rows]
         if self._stopwatch:
             self._stopwatch.start(slots)
-
-
-def _at(
-    states: Sequence[torch.Tensor],
-    # [pairs] int64, [pairs] int64
-    at: torch.Tensor,
-    exit: torch.Tensor,
-) -> torch.Tensor:
-    """The states at some positions after some exits: [pairs, hidden size]."""
-    return torch.stack([state[at] for state in states])[exit, torch.arange(len(at), device=at.device)]

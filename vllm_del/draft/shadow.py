@@ -5,7 +5,7 @@ head and nothing else. On a small batch even one row reads the whole head: what 
 is saved up, and spent on many rows at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -59,14 +59,22 @@ class ShadowScorer:
 
     def score(
         self,
-        # [pairs, hidden size]: hidden state and residual together
-        states: torch.Tensor,
+        # after each exit [tokens, hidden size]: hidden state and residual together
+        states: Sequence[torch.Tensor],
+        # [pairs] int64 each: which token, after which exit
+        at: torch.Tensor,
+        exit: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shadow tokens [pairs] int64, and their probabilities [pairs] float32."""
-        # Logits of all of them at once might not fit in memory.
-        parts = [self._head(self._read_out(part)) for part in states.split(SHADOW_ROWS)]
-        token, probability = zip(*parts, strict=True)
-        return torch.cat(token), torch.cat(probability)
+        tokens, probabilities = [], []
+        # States and logits of all of them at once might not fit in memory.
+        for some, after in zip(at.split(SHADOW_ROWS), exit.split(SHADOW_ROWS), strict=True):
+            of_each = torch.stack([state[some] for state in states])
+            picked = of_each[after, torch.arange(len(some), device=some.device)]
+            token, probability = self._head(self._read_out(picked))
+            tokens.append(token)
+            probabilities.append(probability)
+        return torch.cat(tokens), torch.cat(probabilities)
 
     def choose(
         self,

@@ -14,7 +14,6 @@ from tempfile import NamedTemporaryFile
 
 import torch
 import vllm
-from cpuinfo import get_cpu_info
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
@@ -184,14 +183,18 @@ def _path(vllm_config: VllmConfig) -> Path:
         vllm_config.scheduler_config.max_num_batched_tokens,
         vllm.__version__,
         version("vllm-del"),
-        _machine(),
+        machine(),
     )
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return Path(envs.VLLM_CACHE_ROOT) / "vllm_del" / f"costs-{name}.json"
 
 
-def _machine() -> tuple[object, ...]:
+def machine() -> str:
     """What computes here. Not the machine's name, which is another one in each container."""
     if torch.cuda.is_available():
-        return (torch.cuda.get_device_name(),)
-    return platform.machine(), get_cpu_info().get("brand_raw"), torch.get_num_threads()
+        return torch.cuda.get_device_name()
+    # Libraries that tell it take a second, by starting other programs.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -24,7 +24,6 @@ from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
-from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
@@ -81,16 +80,8 @@ class DelProposer(DraftModelProposer):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
-        self.policy = make_policy(
-            self.vllm_config,
-            self.model,
-            self.segments,
-            self.head,
-            self.kv_cache_config,
-            [table.get_device_tensor(1).shape[1] for table in self.runner.input_batch.block_table.block_tables],
-            self.slots_of.number,
-            self.device,
-        )
+        tables = self.runner.input_batch.block_table.block_tables
+        self.policy = make_policy(self, [table.get_device_tensor(1).shape[1] for table in tables])
 
     def prepare_inputs_padded(
         self,
@@ -143,8 +134,6 @@ class DelProposer(DraftModelProposer):
                 target_hidden_states,
                 next_token_ids,
             )
-            if fresh := {*verified.fresh, *self.slots_of.new_rows}:
-                self.policy.forget(slots[upload(sorted(fresh), self.device)])
             self.policy.observe(slots, verified)
         most = [self.allowance.longest.get(request, num_speculative_tokens) for request in request_ids]
         plan = self.policy.plan(slots, torch.tensor(most) * sampled, common_attn_metadata.seq_lens[:num_rows])
@@ -191,6 +180,8 @@ class DelProposer(DraftModelProposer):
         batch = self.runner.input_batch
         prompt_len = batch.num_prompt_tokens[:num_rows]
         ended = sampled.numpy() & (batch.num_computed_tokens_cpu[:num_rows] < prompt_len)
+        # A request that was preempted begins again with what it had generated.
+        whole_prompt = batch.num_tokens_no_spec[:num_rows] == prompt_len
         room = torch.diff(ends, prepend=ends.new_zeros(1)) - 1 - drafted
         return Verified(
             states=states.split(self.hidden_size, dim=-1),
@@ -205,8 +196,7 @@ class DelProposer(DraftModelProposer):
             num_tokens=int(ends[-1]),
             context=batch_metadata.seq_lens[:num_rows],
             ended=[(int(row), min(PROMPT_POSITIONS, int(room[row]))) for row in ended.nonzero()[0]],
-            # A request that was preempted begins again with what it had generated.
-            fresh=(ended & (batch.num_tokens_no_spec[:num_rows] == prompt_len)).nonzero()[0].tolist(),
+            fresh=sorted({*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}),
         )
 
     def attention(self, max_seq_len: int, num_tokens_across_dp: torch.Tensor | None = None) -> AttentionContext:

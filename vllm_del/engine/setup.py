@@ -1,6 +1,7 @@
 """What both runners build from the configuration and the loaded target."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from vllm.config import VllmConfig
@@ -17,6 +18,7 @@ from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.engine.layers import early_attention_layers
 from vllm_del.engine.measure import costs_of, planning_seconds
 from vllm_del.engine.rehearsal import Rehearsal
+from vllm_del.engine.slots import Slots
 from vllm_del.policy.cost import CostTables
 from vllm_del.policy.planner import Planner
 
@@ -32,18 +34,25 @@ def check_target(vllm_config: VllmConfig) -> None:
         )
 
 
+class Drafter(Protocol):
+    """What both runners' drafters have when a model is loaded and its KV cache is there."""
+
+    vllm_config: VllmConfig
+    model: EarlyExitNetwork
+    segments: list[Callable[..., Layers]]
+    head: ExitHead
+    kv_cache_config: KVCacheConfig
+    slots_of: Slots
+    device: torch.device
+
+
 def make_policy(
-    vllm_config: VllmConfig,
-    network: EarlyExitNetwork,
-    segments: Sequence[Callable[..., Layers]],
-    head: ExitHead,
-    kv_cache_config: KVCacheConfig,
+    drafter: Drafter,
     # blocks in a row of each KV cache group's block table
     table_widths: Sequence[int],
-    num_slots: int,
-    device: torch.device,
 ) -> FixedPolicy | DynamicPolicy:
     """The policy that is asked for, when all else is ready to serve: it may have to measure what a round costs."""
+    vllm_config, network, head, device = drafter.vllm_config, drafter.model, drafter.head, drafter.device
     config = vllm_config.speculative_config
     assert isinstance(config, DelConfig)
     length = config.num_speculative_tokens
@@ -53,7 +62,9 @@ def make_policy(
     on_host = not vllm_config.use_v2_model_runner
     if config.del_objective == "goodput":
         draft_layers = early_attention_layers(network, config.exits[-1])
-        rehearsal = Rehearsal(vllm_config, network, segments, head, draft_layers, kv_cache_config, table_widths, device)
+        rehearsal = Rehearsal(
+            vllm_config, network, drafter.segments, head, draft_layers, drafter.kv_cache_config, table_widths, device
+        )
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
         planner = Planner(torch.tensor(config.exits, device=device), costs, length)
@@ -63,8 +74,8 @@ def make_policy(
     shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
 
     def build() -> DynamicPolicy:
-        exits, layers = config.exits, network.num_layers
-        return DynamicPolicy(exits, layers, length, num_slots, shadow, planner, device, on_host, stopwatch)
+        exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
+        return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 
     policy = build()
     if costs is not None:

@@ -81,16 +81,7 @@ class DelSpeculator(DraftModelSpeculator):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
-        self.policy = make_policy(
-            self.vllm_config,
-            self.model,
-            self.segments,
-            self.head,
-            self.kv_cache_config,
-            [table.shape[1] for table in self.block_tables.input_block_tables],
-            self.slots_of.number,
-            self.device,
-        )
+        self.policy = make_policy(self, [table.shape[1] for table in self.block_tables.input_block_tables])
 
     @torch.inference_mode()
     def propose(
@@ -137,8 +128,6 @@ class DelSpeculator(DraftModelSpeculator):
             slots = self.slots_of.of(input_batch.req_ids)
             if isinstance(self.policy, DynamicPolicy):
                 verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
-                if fresh := {*verified.fresh, *self.slots_of.new_rows}:
-                    self.policy.forget(slots[upload(sorted(fresh), self.device)])
                 self.policy.observe(slots, verified)
             plan = self._plan(input_batch, slots, num_steps, sampled)
             if dp_sync_state is not None:
@@ -239,7 +228,7 @@ class DelSpeculator(DraftModelSpeculator):
             ended=[
                 (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1)) for row in ended.nonzero()[0]
             ],
-            fresh=(ended & whole_prompt).nonzero()[0].tolist(),
+            fresh=sorted({*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}),
         )
 
     def _rows(self, num_rows: int) -> DraftRows:
