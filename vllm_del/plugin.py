@@ -13,15 +13,18 @@ def register() -> None:
     """Apply the patches that let vLLM understand `del`. Idempotent."""
     from vllm import __version__ as vllm_version
 
+    # An error here would stop vLLM for everyone, also for those who do not ask for `del`.
     if SUPPORTED_VLLM.contains(vllm_version, prereleases=True):
-        from vllm_del.engine.patches import apply
+        try:
+            from vllm_del.engine.patches import apply
 
-        apply()
+            apply()
+            return
+        except (AttributeError, ImportError) as error:
+            reason = f"vllm-del does not fit vLLM {vllm_version}, which is installed ({error})"
     else:
-        # Nothing else of ours is imported: it may not fit this vLLM, and an error here would stop vLLM for everyone.
-        from vllm_del.engine.command_line import apply_refusal
+        reason = f"vllm-del supports vLLM {SUPPORTED_VLLM}, but vLLM {vllm_version} is installed"
+    # Nothing else of ours is imported: it may not fit this vLLM.
+    from vllm_del.engine.command_line import apply_refusal
 
-        apply_refusal(
-            f"vllm-del supports vLLM {SUPPORTED_VLLM}, but vLLM {vllm_version} is installed: "
-            f"install a supported vLLM, or start without the speculative method 'del'."
-        )
+    apply_refusal(f"{reason}: install a supported vLLM, or start without the speculative method 'del'.")

@@ -1,5 +1,13 @@
 """What the dynamic policy learns is what an independent simulation of the model, cut off at each exit, counts."""
 
+import argparse
+import inspect
+import json
+import logging
+import shutil
+import tarfile
+import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import DEMO_MODEL
 from tests.engine import host as engines
 from tests.engine.checkpoints import checkpoint
 from tests.engine.host import Arrival, Host
 from tests.engine.test_drafts import drafter_of
+from vllm_del.draft.decide import Verified
 
 EXITS = [1, 2, 3]
 LENGTH = 4
@@ -20,6 +30,8 @@ PROMPTS = [[5], [11, 45, 7, 7, 102, 9, 64, 33], [(7 * i) % 150 + 5 for i in rang
 GREEDY = {"temperature": 0, "max_tokens": 30, "ignore_eos": True}
 SPEC = {"method": "del", "del_objective": "tpl", "del_exit_layers": EXITS, "num_speculative_tokens": LENGTH}
 CHUNK = 48
+CHUNKED = {"max_num_batched_tokens": CHUNK}
+LONG = {"max_model_len": 512}
 
 pytestmark = pytest.mark.engine
 
@@ -27,47 +39,107 @@ pytestmark = pytest.mark.engine
 def test_counts_are_those_of_the_truncated_models(host: Host, checkpoints: Path) -> None:
     """Without fading every token generated counts once for every exit, whatever was drafted and accepted."""
     model = checkpoint(checkpoints, "llama")
-    host.call(_stop_fading, model)
+    host.call(_stop_fading, model, CHUNKED)
     # One after the other, so that each has the chunks that are expected here.
     arrivals = [Arrival(prompt, GREEDY, step=60 * i) for i, prompt in enumerate(PROMPTS)]
-    outcome = host.serve(model, arrivals, SPEC, max_num_batched_tokens=CHUNK)
+    outcome = host.serve(model, arrivals, SPEC, **CHUNKED)
     assert outcome.accepted > 0
-    counts = host.call(_counts, model, len(PROMPTS))
+    counts = host.call(_counts, model, CHUNKED, len(PROMPTS))
     for prompt, (completion,), counted in zip(PROMPTS, outcome.completions, counts, strict=True):
-        last_chunk = (len(prompt) - 1) % CHUNK + 1
-        seeds = range(max(len(prompt) - 1 - SEEDED, len(prompt) - last_chunk), len(prompt) - 1)
-        # The last round may have accepted tokens past the end; how many follows from how many were counted.
-        generated = int(sum(counted[0])) - len(seeds)
-        assert 0 <= generated - len(completion.token_ids) <= 2 * (1 + LENGTH)
-        text = (*prompt, *completion.token_ids)
-        assert counted == _simulate(model, text, [*seeds, *range(len(prompt) - 1, len(prompt) - 1 + generated)])
+        _check(model, prompt, completion.token_ids, counted)
+
+
+def test_a_preempted_request_keeps_its_counts(host: Host, checkpoints: Path) -> None:
+    """It begins again with what it had generated, of which nothing is forgotten and nothing counts twice."""
+    model = checkpoint(checkpoints, "llama")
+    options = {"num_gpu_blocks_override": 8, "max_model_len": 128}
+    host.call(_stop_fading, model, options)
+    prompts = [[10 + i, *range(30, 50)] for i in range(3)]
+    outcome = host.generate(model, prompts, {**GREEDY, "max_tokens": 90}, SPEC, **options)
+    assert outcome.preemptions > 0
+    assert outcome.accepted > 0
+    counts = host.call(_counts, model, options, len(prompts))
+    for prompt, (completion,), counted in zip(prompts, outcome.completions, counts, strict=True):
+        _check(model, prompt, completion.token_ids, counted)
+
+
+@pytest.mark.parametrize("host", ["v1"], indirect=True)
+def test_expected_acceptance_is_what_happens(host: Host) -> None:
+    """On real text, from a sequence's 64th token on: within 0.05 of the drafts' fate."""
+    prompts = [inspect.getsource(module)[2000:2600] for module in (argparse, json, logging, shutil, tarfile, textwrap)]
+    host.call(_follow_drafts)
+    outcome = host.generate(str(DEMO_MODEL), prompts, {**GREEDY, "max_tokens": 200}, "del", **LONG)
+    assert outcome.accepted > 0
+    tried, expected, accepted = host.call(_fate, 64)
+    assert tried > 200
+    assert accepted / tried == pytest.approx(expected / tried, abs=0.05)
+
+
+def _check(model: str, prompt: list[int], completion: tuple[int, ...], counted: list[list[float]]) -> None:
+    """That `counted` is what the end of the prompt and the completion give, each token once."""
+    last_chunk = (len(prompt) - 1) % CHUNK + 1
+    seeds = range(max(len(prompt) - 1 - SEEDED, len(prompt) - last_chunk), len(prompt) - 1)
+    # The last round may have accepted tokens past the end; how many follows from how many were counted.
+    generated = int(sum(counted[0])) - len(seeds)
+    assert 0 <= generated - len(completion) <= 2 * (1 + LENGTH)
+    text = (*prompt, *completion)
+    assert counted == _simulate(model, text, [*seeds, *range(len(prompt) - 1, len(prompt) - 1 + generated)])
 
 
 def test_a_new_request_in_an_old_place_starts_anew(host: Host, checkpoints: Path) -> None:
     """More requests than there are slots: nothing of those before is left in what the last ones count."""
     model = checkpoint(checkpoints, "llama")
-    host.call(_stop_fading, model)
+    host.call(_stop_fading, model, CHUNKED)
     arrivals = [Arrival([5 + i, 9], {**GREEDY, "max_tokens": 3}, step=2 * i) for i in range(40)]
-    host.serve(model, arrivals, SPEC, max_num_batched_tokens=CHUNK)
-    for counted in host.call(_counts, model, 4):
+    host.serve(model, arrivals, SPEC, **CHUNKED)
+    for counted in host.call(_counts, model, CHUNKED, 4):
         # Of the prompt, of the token after it, and of the last round; asynchronous scheduling runs one more.
         assert 0 < sum(counted[0]) <= 1 + 1 + 2 * (1 + LENGTH)
 
 
-def _drafter(model: str) -> Any:
-    return drafter_of(engines._engine(model, SPEC, {"max_num_batched_tokens": CHUNK}))
+def _drafter(model: str, options: dict[str, Any]) -> Any:
+    return drafter_of(engines._engine(model, SPEC, options))
 
 
-def _stop_fading(model: str) -> None:
+def _stop_fading(model: str, options: dict[str, Any]) -> None:
     """In the engine's process."""
-    _drafter(model).policy.statistics.decay = 1.0
+    _drafter(model, options).policy.statistics.decay = 1.0
 
 
-def _counts(model: str, requests: int) -> list[list[list[float]]]:
-    """(matches, mismatches) by exit of the requests that came last, in their order."""
-    drafter = _drafter(model)
-    slots = list(drafter.slots_of._slots.values())[-requests:]
+def _counts(model: str, options: dict[str, Any], requests: int) -> list[list[list[float]]]:
+    """(matches, mismatches) by exit of the requests that were served last, in the order of their arrival."""
+    drafter = _drafter(model, options)
+    last = list(drafter.slots_of._slots.items())[-requests:]
+    slots = [slot for _, slot in sorted(last, key=lambda item: int(item[0].partition("-")[0]))]
     return drafter.policy.statistics._counts[slots].tolist()
+
+
+def _follow_drafts() -> None:
+    """In the engine's process: have the policy keep, by sequence and round, what it expects of drafts and what came."""
+    policy = drafter_of(engines._engine(str(DEMO_MODEL), "del", LONG)).policy
+    count, policy.followed, ages = policy._count, [], Counter()
+
+    def follow(slots: torch.Tensor, verified: Verified) -> None:
+        drafted = torch.minimum(verified.drafted, policy._length[slots])
+        accepted = torch.minimum(verified.accepted, drafted)
+        rows = torch.stack((slots, drafted, accepted, verified.sampled), 1).tolist()
+        for (slot, *fate, sampled), expected in zip(rows, policy._expected[slots].tolist(), strict=True):
+            if sampled:
+                policy.followed.append((ages[slot], *fate, expected))
+                ages[slot] += 1 + fate[1]
+        count(slots, verified)
+
+    policy._count = follow
+
+
+def _fate(age: int) -> tuple[int, float, int]:
+    """Of sequences of at least `age` tokens: drafts whose fate is known, of these the acceptances expected and had."""
+    tried, expected, had = 0, 0.0, 0
+    for at, drafted, accepted, rate in drafter_of(engines._engine(str(DEMO_MODEL), "del", LONG)).policy.followed:
+        if at >= age:
+            known = accepted + (accepted < drafted)
+            tried, expected, had = tried + known, expected + known * rate, had + accepted
+    return tried, expected, had
 
 
 @torch.inference_mode()

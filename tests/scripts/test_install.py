@@ -14,7 +14,7 @@ PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
   "-m pip --version" | *sys.version_info*) exit 0 ;;
-  "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m venv --clear .venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   "-m pip"*) echo "$*" >>calls; ! grep -qFf refuse <<<"$*" ;;
   *torch.version.cuda*) exit 0 ;;
   --version) echo Python 3.11.9 ;;
@@ -22,6 +22,8 @@ case "$*" in
   *) echo "unexpected: $*" >>calls; exit 1 ;;
 esac
 """
+
+YES, NO = "#!/bin/sh\nexit 0\n", "#!/bin/sh\nexit 1\n"
 
 
 @pytest.fixture
@@ -32,19 +34,20 @@ def clone(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "refuse").touch()
     (tmp_path / "bin").mkdir()
-    for name, text in (("python3", PYTHON), ("nvidia-smi", "#!/bin/sh\nexit 1\n")):
+    for name, text in (("python3", PYTHON), ("nvidia-smi", NO), ("g++", YES)):
         program = tmp_path / "bin" / name
         program.write_text(text)
         program.chmod(0o755)
     return tmp_path
 
 
-def install(clone: Path, *extras: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def install(clone: Path, *extras: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """The installer's result, and the calls of pip that it made."""
     (clone / "calls").write_text("")
     environment = os.environ | {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}"}
-    for name in ("PYTHON", "TORCH_CPU", "VLLM_CPU"):
+    for name in ("PYTHON", "TORCH_CPU", "VLLM_CPU", "VLLM_CUDA", "BUILD", "VENV", "CXX"):
         environment.pop(name, None)
+    environment |= settings
     command = [clone / "scripts" / "install.sh", *extras]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     return result, (clone / "calls").read_text().splitlines()
@@ -86,8 +89,33 @@ def test_what_was_interrupted_is_done_again(clone: Path) -> None:
 
 def test_an_environment_for_other_hardware_is_refused(clone: Path) -> None:
     install(clone)
-    (clone / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
+    (clone / "bin" / "nvidia-smi").write_text(YES)
     result, calls = install(clone)
     assert result.returncode == 1
     assert "remove .venv" in result.stderr
+    assert calls == []
+
+
+def test_on_a_gpu_the_vllm_that_was_tested(clone: Path) -> None:
+    (clone / "bin" / "nvidia-smi").write_text(YES)
+    result, calls = install(clone, "demo")
+    assert result.returncode == 0, result.stderr
+    assert calls == ["-m pip install vllm==0.32.0", "-m pip install -e .[demo]"]
+
+
+def test_the_build_for_cpus_beside_one_for_a_gpu(clone: Path) -> None:
+    """As the tests want it."""
+    (clone / "bin" / "nvidia-smi").write_text(YES)
+    install(clone, "demo")
+    result, calls = install(clone, "test", BUILD="cpu", VENV=".venv-cpu")
+    assert result.returncode == 0, result.stderr
+    assert calls[0] == "-m pip install torch==2.13.0+cpu"
+    assert calls[-1] == "-m pip install -e .[test]"
+    assert (clone / ".venv-cpu" / "bin" / "python").exists()
+
+
+def test_a_missing_compiler_is_told_before_anything_is_downloaded(clone: Path) -> None:
+    result, calls = install(clone, CXX="no-such-compiler")
+    assert result.returncode == 1
+    assert "no-such-compiler is not there" in result.stderr
     assert calls == []

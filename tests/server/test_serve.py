@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -41,6 +42,7 @@ class Server:
         command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO_MODEL), "--speculative-config", "del"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "demo"]
         command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
+        command += ["--per-request-spec-decode-metrics", "summary"]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
@@ -115,20 +117,24 @@ def test_serve_stream_four_at_once_count_and_stop(server: Server) -> None:
     assert 0 < server.metric("vllm:del_accepted_tokens_total") <= server.metric("vllm:del_drafted_tokens_total")
     assert server.metric("vllm:del_measured_seconds_total") > 0
 
-    def complete_with(wish: str) -> str:
+    def complete_with(wish: str) -> dict[str, Any]:
+        """The same text as before; what vLLM says of this request's drafts."""
         body = {"vllm_xargs": {"del": wish}}
         answer = client.completions.create(
             model="demo", prompt=PROMPTS[0], max_tokens=64, temperature=0, extra_body=body
         )
-        return answer.choices[0].text
+        assert answer.choices[0].text == texts[0]
+        return (answer.model_extra or {})["metrics"]["speculative_decoding"]
 
     drafted = server.metric("vllm:spec_decode_num_draft_tokens_total")
-    assert complete_with('{"enabled": false}') == texts[0]
+    assert complete_with('{"enabled": false}')["num_draft_tokens"] == 0
     assert server.metric("vllm:spec_decode_num_draft_tokens_total") == drafted
     with pytest.raises(BadRequestError, match=r"max_draft.*-1 is not understood"):
         complete_with('{"max_draft": -1}')
-    assert complete_with('{"max_draft": 2}') == texts[0]
-    assert server.metric("vllm:spec_decode_num_draft_tokens_total") > drafted
+    short = complete_with('{"max_draft": 2}')
+    assert short["num_accepted_draft_tokens"] > 0
+    assert not any(short["acceptance_histogram"][3:])
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") == drafted + short["num_draft_tokens"]
 
     children = psutil.Process(server.process.pid).children(recursive=True)
     assert children

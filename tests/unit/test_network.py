@@ -90,6 +90,18 @@ class NormOfOne(Decoder):
         return self.norm(hidden_states)
 
 
+class NormOfTwo(Decoder):
+    """As Cohere's: its norm gives a pair whatever it is given."""
+
+    class Norm(Norm):
+        def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+            return hidden_states + (0 if residual is None else residual), residual
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = self.Norm()
+
+
 class Asserts(Decoder):
     def run(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> Any:
         raise AssertionError("Forward context is not set.")
@@ -132,6 +144,7 @@ def test_accepts(decoder: type[Decoder], size: float) -> None:
         (NormOfOne, "its forward is not just embedding, layers and norm"),
         (OtherOrder, r"layer\(hidden_states, positions, <NoneType>\)"),
         (ExtraArgument, r"layer\(positions, hidden_states, <NoneType>, scale=...\)"),
+        (NormOfTwo, "its norm gives more than one tensor"),
         (Asserts, "AssertionError: Forward context is not set"),
     ],
 )

@@ -154,15 +154,18 @@ class TestVersionOutsideTheRange:
         assert num_patches(EngineArgs.create_speculative_config) == 0
         assert num_patches(WorkerWrapperBase.init_device) == 0
 
+    @pytest.mark.parametrize("version", ["0.33.5", "0.40.0"])
     @pytest.mark.parametrize(
-        ("module", "name"),
+        ("owner", "name"),
         [
-            ("vllm.engine.arg_utils", "optional_type"),
             ("vllm.v1.worker.worker_base", "WorkerWrapperBase"),
             ("vllm.config.utils", "config"),
+            ("vllm.sampling_params.SamplingParams", "_validate_spec_decode"),
         ],
     )
-    def test_a_vllm_without_what_we_build_on_still_starts(self, module, name, register, monkeypatch):
+    def test_a_vllm_without_what_we_build_on_still_starts(
+        self, owner, name, version, register, engine_config, monkeypatch
+    ):
         """vLLM moves its internals, and does not catch what an entry point raises: its own users would be hit."""
         ours = {key: loaded for key, loaded in sys.modules.items() if key.startswith("vllm_del.")}
         for key, loaded in ours.items():
@@ -171,8 +174,12 @@ class TestVersionOutsideTheRange:
             monkeypatch.setattr(ours.get(parent, vllm_del), child, loaded)
             if key != plugin.__name__:
                 monkeypatch.delitem(sys.modules, key)
-        monkeypatch.delattr(f"{module}.{name}")
-        register("0.40.0")
+        with monkeypatch.context() as vllm_of_theirs:
+            vllm_of_theirs.delattr(f"{owner}.{name}")
+            register(version)
+        assert engine_config().speculative_config is None
+        with pytest.raises(ValueError, match=f"vLLM {version}"):
+            engine_config(speculative_config="del")
 
     def test_a_vllm_without_the_spec_method_option_still_starts(self, register, engine_args, monkeypatch):
         """vLLM 0.24, for one, has no `--spec-method`."""

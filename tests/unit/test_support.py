@@ -42,6 +42,7 @@ KV_CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
         ({"kv_transfer_config": KV_CONNECTOR}, ["kv_transfer_config", "leave it out"]),
         ({"offload_group_size": 4, "offload_backend": "prefetch"}, ["offload_group_size=4", "use cpu_offload_gb"]),
         ({"kv_sharing_fast_prefill": True}, ["kv_sharing_fast_prefill=True", "set it to False"]),
+        ({"enable_prompt_embeds": True}, ["enable_prompt_embeds=True", "leave it out"]),
         ({"runner": "pooling"}, ["runner='pooling'", "serve it without 'del'"]),
     ],
     ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
@@ -117,6 +118,19 @@ class TestWhatACpuCannotBeAskedFor:
         with pytest.raises(ValueError, match="cannot serve this configuration") as error:
             check_supported(vllm_config)
         assert_one_problem(error.value, words)
+
+    @pytest.mark.parametrize("objective", ["goodput", "tpl"])
+    def test_experts_with_data_parallelism(self, objective, vllm_config, monkeypatch):
+        monkeypatch.setattr(type(vllm_config.model_config), "is_moe", True)
+        check_supported(vllm_config)
+        vllm_config.parallel_config.data_parallel_size = 2
+        vllm_config.speculative_config.del_objective = objective
+        if objective == "tpl":
+            check_supported(vllm_config)
+            return
+        with pytest.raises(ValueError, match="cannot serve this configuration") as error:
+            check_supported(vllm_config)
+        assert_one_problem(error.value, ["data_parallel_size=2", "LlamaForCausalLM", "set del_policy='fixed'"])
 
     def test_diffusion_model(self, vllm_config):
         vllm_config.model_config.is_diffusion = True

@@ -45,10 +45,10 @@ class Verified:
     context: torch.Tensor
     # whether every row was past its prompt before
     only_decodes: bool
-    # rows that ended their prompt in this step, and how many of its positions before the last one count
-    ended: Sequence[tuple[int, int]]
     # rows of sequences seen for the first time, or again in another slot
     fresh: Sequence[int]
+    # of these the rows that ended their prompt in this step, and how many of its positions before the last one count
+    ended: Sequence[tuple[int, int]]
 
 
 @dataclass

@@ -114,6 +114,8 @@ def _check_same_computation(network: EarlyExitNetwork, name: str) -> None:
         ) from error
     if isinstance(expected, tuple):
         expected = expected[0]
+    if not isinstance(actual, torch.Tensor):
+        raise ValueError(f"{name} cannot draft for itself: its norm gives more than one tensor, where one is needed")
     if _changed_after_the_decoder(network.target, input_ids, positions, actual):
         raise ValueError(f"{name} cannot draft for itself: it changes what its decoder gives before the LM head")
     # Both did the same operations on nearly the same numbers, so anything but rounding is a difference in kind.

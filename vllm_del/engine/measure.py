@@ -59,6 +59,7 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         # Other ranks and other servers may write it too: each a whole one.
         with NamedTemporaryFile("w", dir=saved.parent, delete=False) as partial:
             partial.write(measured.to_json())
+        Path(partial.name).chmod(0o644)  # others of this machine may read them
         Path(partial.name).replace(saved)
     except OSError as error:
         logger.warning("del: the costs are not kept for the next start: %s", error)
@@ -103,7 +104,7 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
     step, layer = zip(*steps, strict=True)
     tables = tuple(rows), step, layer, tuple(head_rows), tuple(head), tuple(tokens), tuple(verify)
-    if far < 2 * near:
+    if far < 2 * near or each == 1:
         return MeasuredCosts(*tables, each, near)
 
     number = min(4, config.max_num_seqs, most // each)

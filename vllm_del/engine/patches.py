@@ -37,14 +37,21 @@ OUR_SCHEDULERS = "vllm_del.engine.scheduler"
 
 
 def apply() -> None:
-    """Apply what a process needs before it knows whether `del` is asked for. Idempotent."""
-    wrap(EngineArgs, "add_cli_args", accept_del)
-    wrap(EngineArgs, "create_engine_config", _expand_the_word_and_check)
-    wrap(EngineArgs, "create_speculative_config", _build_del_config)
-    wrap(SchedulerConfig, "get_scheduler_cls", _choose_our_scheduler)
-    wrap(SamplingParams, "_validate_spec_decode", _validate_wishes)
+    """Apply what a process needs before it knows whether `del` is asked for. Idempotent.
+
+    Raises `AttributeError` or `ImportError`, before `EngineArgs` is touched, where vLLM is not as it has to be.
+    """
     if "vllm.v1.worker.worker_base" in sys.modules:
         _watch_workers()
+    patches: tuple[tuple[type, str, Callable], ...] = (
+        (SamplingParams, "_validate_spec_decode", _validate_wishes),
+        (SchedulerConfig, "get_scheduler_cls", _choose_our_scheduler),
+        (EngineArgs, "create_speculative_config", _build_del_config),
+        (EngineArgs, "create_engine_config", _expand_the_word_and_check),
+        (EngineArgs, "add_cli_args", accept_del),
+    )
+    for patch in patches:
+        wrap(*patch)
 
 
 def _watch_workers() -> None:

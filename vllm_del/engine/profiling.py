@@ -51,7 +51,7 @@ def profile(
         for total, seen in zip(totals, llm.collective_rpc(_take)[0], strict=True):
             total[:] = [a + b for a, b in zip(total, seen, strict=True)]
         advance(len(outputs))
-    (costs, *_) = llm.collective_rpc(_costs)
+    (costs, *_) = llm.collective_rpc(costs_of_worker)
     by_exit = [_exit_profile(layers, *total) for layers, total in zip(asked, totals, strict=True)]
     return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs)
 
@@ -83,5 +83,6 @@ def _take(worker: Any) -> list[list[float]]:
     return [[*of_counts, *of_sums] for of_counts, of_sums in zip(counts.tolist(), sums.tolist(), strict=True)]
 
 
-def _costs(worker: Any) -> MeasuredCosts:
+def costs_of_worker(worker: Any) -> MeasuredCosts:
+    """In the worker, of a dynamic policy that goes by goodput: what it goes by."""
     return _policy(worker).planner.costs.measured

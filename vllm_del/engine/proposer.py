@@ -180,8 +180,9 @@ class DelProposer(DraftModelProposer):
         batch = self.runner.input_batch
         prompt_len = batch.num_prompt_tokens[:num_rows]
         ended = sampled.numpy() & (batch.num_computed_tokens_cpu[:num_rows] < prompt_len)
-        # A request that was preempted begins again with what it had generated.
+        # A request that was preempted begins again with what it had generated, and keeps what was learnt of it.
         whole_prompt = batch.num_tokens_no_spec[:num_rows] == prompt_len
+        fresh = {*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}
         room = torch.diff(ends, prepend=ends.new_zeros(1)) - 1 - drafted
         return Verified(
             states=states.split(self.hidden_size, dim=-1),
@@ -195,8 +196,8 @@ class DelProposer(DraftModelProposer):
             only_decodes=not ended.any() and bool(sampled.all()),
             num_tokens=int(ends[-1]),
             context=batch_metadata.seq_lens[:num_rows],
-            ended=[(int(row), min(PROMPT_POSITIONS, int(room[row]))) for row in ended.nonzero()[0]],
-            fresh=sorted({*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}),
+            ended=[(row, min(PROMPT_POSITIONS, int(room[row]))) for row in sorted(fresh) if ended[row]],
+            fresh=sorted(fresh),
         )
 
     def attention(self, max_seq_len: int, num_tokens_across_dp: torch.Tensor | None = None) -> AttentionContext:

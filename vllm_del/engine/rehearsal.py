@@ -44,8 +44,10 @@ class Rehearsal:
         self._draft_groups, _, _ = init_attn_backend(
             kv_cache_config, vllm_config, device, active_layer_names=draft_layers
         )
-        self.verify_each = 1 + vllm_config.num_speculative_tokens
-        most = max(1, vllm_config.model_config.max_model_len - self.verify_each)
+        max_model_len = vllm_config.model_config.max_model_len
+        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        self.verify_each = max(1, min(1 + vllm_config.num_speculative_tokens, budget, max_model_len - 1))
+        most = max(1, max_model_len - self.verify_each)
         self.context, self.long_context = min(CONTEXT, most), min(LONG_CONTEXT, most)
 
     @torch.inference_mode()

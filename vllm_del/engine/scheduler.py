@@ -33,7 +33,8 @@ class _SizesDrafts(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Constant, but not `None`, for which vLLM fills a new request's first step up with drafts that nobody made.
+        # [registry] Constant, but not `None`, for which vLLM fills a new request's first step up with drafts nobody
+        # made. Goes when vLLM asks its drafter how many there are.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self._most: int = self.num_spec_tokens
         self._groups = self.kv_cache_manager.coordinator.single_type_managers
@@ -46,6 +47,8 @@ class _SizesDrafts(Scheduler):
         # What the worker last reported; before that, and for a request that is new to it, the largest that any wants.
         self._wanted: dict[str, int] = {}
         self._usual: int = self._most
+        # [registry] The look-ahead is the scheduler's own constant, handed on from within `schedule`.
+        # Goes when vLLM asks for it by request.
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_with_room_for_drafts
 

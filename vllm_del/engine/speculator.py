@@ -211,8 +211,9 @@ class DelSpeculator(DraftModelSpeculator):
         ended = (batch.num_computed_prefill_tokens_np < batch.prefill_len_np) & (
             batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
         )
-        # Of one token more than its prompt or longer is what a preempted request begins again with.
+        # Longer than its prompt is what a preempted request begins again with, and it keeps what was learnt of it.
         whole_prompt = self.req_states.prompt_len.np[batch.idx_mapping_np[:num_rows]] == batch.prefill_len_np
+        fresh = {*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}
         return Verified(
             states=states or [],
             input_ids=batch.input_ids,
@@ -226,9 +227,11 @@ class DelSpeculator(DraftModelSpeculator):
             context=batch.seq_lens[:num_rows],
             only_decodes=bool((batch.num_computed_prefill_tokens_np >= batch.prefill_len_np).all()),
             ended=[
-                (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1)) for row in ended.nonzero()[0]
+                (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1))
+                for row in sorted(fresh)
+                if ended[row]
             ],
-            fresh=sorted({*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}),
+            fresh=sorted(fresh),
         )
 
     def _rows(self, num_rows: int) -> DraftRows:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from vllm.config import VllmConfig
 
+from vllm_del.config import DelConfig
+
 
 def check_supported(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` naming every setting of `vllm_config` that `del` cannot work with."""
@@ -33,6 +35,9 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
     if getattr(model, "is_diffusion", False):
         yield f"{name} is a diffusion model: serve an autoregressive one"
 
+    if model.enable_prompt_embeds:
+        yield "enable_prompt_embeds=True: 'del' serves prompts of tokens; leave it out"
+
     for field, value in (
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size),
@@ -40,6 +45,14 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
     ):
         if value > 1:
             yield f"{field}={value}: set it to 1 (tensor parallelism works)"
+    config = vllm_config.speculative_config
+    by_costs = isinstance(config, DelConfig) and config.is_dynamic and config.del_objective == "goodput"
+    if parallel.data_parallel_size > 1 and model.is_moe and by_costs:
+        # Every forward of such a model is one of all replicas: none may measure more, or draft deeper, than the others.
+        yield (
+            f"data_parallel_size={parallel.data_parallel_size} with {name}, a mixture of experts: its replicas cannot "
+            "measure costs apart; set del_policy='fixed'"
+        )
     if parallel.enable_eplb:
         yield "enable_eplb=True: set it to False"
     if parallel.use_ubatching:

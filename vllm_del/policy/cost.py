@@ -118,8 +118,9 @@ class CostTables:
 
 def _dense(places: Sequence[int], values: Sequence[float], most: int) -> np.ndarray:
     """The values at 0 to `most`: [most + 1]; 0 at 0, and beyond the last place in proportion."""
-    # Measured noise must not make more work look cheaper: the planner would follow it.
-    steady = np.maximum.accumulate(np.maximum(values, 0.0))
+    # What else the machine did only ever adds to a measured time: what more work was done in, less is done in too.
+    # And more work must not look cheaper, as the planner would follow it.
+    steady = np.minimum.accumulate(np.maximum(values, 0.0)[::-1])[::-1]
     at = np.arange(most + 1)
     dense = np.interp(at, places, steady) * np.maximum(1.0, at / places[-1])
     dense[0] = 0.0

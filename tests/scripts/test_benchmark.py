@@ -1,0 +1,42 @@
+"""The benchmark on a small synthetic model: what is committed of it was made by a script that runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+pytestmark = pytest.mark.engine
+
+
+def run(script: str, *arguments: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_synthetic_model_and_benchmark(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "results" / "out.json"
+    run("synthetic.py", "--shape", "tiny", "--out", str(model), "--easy", "0.9", "--exit", "2")
+    agreement = json.loads((model / "synthetic.json").read_text())["agreement_by_exit"]
+    assert agreement["easy"]["2"] == pytest.approx(0.9, abs=0.06)
+    assert agreement["hard"]["2"] < 0.3
+
+    options = ["--exits", "2,4", "--longest", "4", "--fixed", "2:2", "--dtype", "float32", "--tokens", "24"]
+    options += ["--repeats", "1", "--eager", "--workloads", "easy x1,mixed x4", "--out", str(out)]
+    run("benchmark.py", str(model), *options)
+    results = json.loads(out.read_text())
+    assert set(results["workloads"]) == {"easy x1", "mixed x4"}
+    easy, mixed = results["workloads"].values()
+    assert easy["off"]["speed_up"] == 1
+    assert easy["dynamic"]["same_output"] == easy["fixed 2:2"]["same_output"] == "1 of 1"
+    assert mixed["dynamic"]["same_output"] == mixed["fixed 2:2"]["same_output"] == "4 of 4"
+    assert easy["fixed 2:2"]["accepted_of_drafted"] > 0.6
+    assert mixed["fixed 2:2"]["accepted_of_drafted"] < easy["fixed 2:2"]["accepted_of_drafted"]
+    assert easy["allowed"] > 0
+    assert mixed["allowed"] is None
