@@ -4,17 +4,18 @@
     python scripts/benchmark.py /tmp/s1b --out scripts/results/synthetic-1b-cpu.json
     python scripts/benchmark.py scripts/demo_model --dtype float32 --exits 2,4 --longest 6 --fixed 2:2,4:2,4:4,4:6
 
-All engines are started first and take turns with every workload, so that a machine that is slower for a while is slower
-for all of them. Figures are medians over the repeats; outputs are compared with those without drafts (in bfloat16
-near-ties may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy it is,
-or the demo model, which continues files that it was not trained on.
+All engines are started first and take turns with every workload, so that a machine that is slower for a while is
+slower for all of them. Each is kept full, as a busy server is: as one sequence ends another begins. Figures are
+medians over the repeats; outputs are compared with those without drafts (in bfloat16 near-ties may differ, and how
+often is said). The model is one of `synthetic.py`, whose prompts choose how easy it is, or the demo model, which
+continues files that it was not trained on.
 """
 
 import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from vllm import LLM, SamplingParams
-from workloads import PROMPT_TOKENS, Prompt, batches_of, default_workloads
+from vllm.sampling_params import RequestOutputKind
+from workloads import PROMPT_TOKENS, Request, default_workloads, requests_of
 
 from vllm_del.draft.tally import Counts
 from vllm_del.engine.measure import machine
@@ -60,8 +62,9 @@ class Contender:
             disable_log_stats=True,
             **engine,
         )
-        self.seconds: dict[str, list[float]] = {}
-        self.texts: dict[str, list[tuple[int, ...]]] = {}
+        # By workload: tokens a second at each repeat, and the texts of the last one.
+        self.rates: dict[str, list[float]] = {}
+        self.texts: dict[str, list[list[int]]] = {}
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
         # What a policy counted, every few rounds.
@@ -85,16 +88,37 @@ class Contender:
 
         scheduler.make_spec_decoding_stats, scheduler.update_from_output = counted, updated
 
-    def run(self, workload: str, batches: list[list[Prompt]], tokens: int, counts: bool) -> None:
-        """Generate once; a first time, which warms up and lets the policy meet the workload, does not count."""
+    def run(self, workload: str, places: int, requests: list[Request], counts: bool) -> None:
+        """Serve them once; a first time, which warms up and lets the policy meet the workload, does not count.
+
+        Timed for as long as every place is taken.
+        """
         self.workload = workload if counts else ""
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        begin = time.perf_counter()
-        outputs = [output for batch in batches for output in self.llm.generate(batch, params, use_tqdm=False)]
-        seconds = time.perf_counter() - begin
+        engine, waiting, alive, generated = self.llm.llm_engine, deque(enumerate(requests)), 0, 0
+        texts: list[list[int]] = [[] for _ in requests]
+        rate, begin = None, time.perf_counter()
+        while alive or waiting:
+            while waiting and alive < places:
+                number, request = waiting.popleft()
+                params = SamplingParams(
+                    temperature=0,
+                    max_tokens=request.length,
+                    ignore_eos=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.DELTA,
+                )
+                engine.add_request(str(number), {"prompt_token_ids": request.token_ids}, params)
+                alive += 1
+            for output in engine.step():
+                texts[int(output.request_id)] += output.outputs[0].token_ids
+                generated += len(output.outputs[0].token_ids)
+                alive -= output.finished
+            if rate is None and not waiting and alive < places:
+                rate = generated / (time.perf_counter() - begin)
         if counts:
-            self.seconds.setdefault(workload, []).append(seconds)
-            self.texts[workload] = [tuple(output.outputs[0].token_ids) for output in outputs]
+            assert rate is not None
+            self.rates.setdefault(workload, []).append(rate)
+            self.texts[workload] = texts
 
 
 def estimates(counts: list[Counts]) -> dict[str, float]:
@@ -131,7 +155,7 @@ def main(
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
     fixed: Annotated[str, typer.Option(help="Fixed exit:length pairs.")] = "3:2,3:4,3:6,3:8,5:4,8:2",
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
-    tokens: Annotated[int, typer.Option(help="For each sequence.")] = 96,
+    tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 96,
     repeats: int = 3,
     dtype: str = "bfloat16",
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
@@ -164,12 +188,12 @@ def main(
             contenders.append(Contender(name, str(model), spec, dtype=dtype, enforce_eager=eager))
             bar.update(task, advance=1, description=f"Started {name}")
         for workload in names:
-            batches = batches_of(workload, model, vocab_size)
+            places, requests = requests_of(workload, model, vocab_size, tokens)
             for repeat in range(1 + repeats):
                 for contender in contenders:
-                    contender.run(workload, batches, tokens, counts=repeat > 0)
+                    contender.run(workload, places, requests, counts=repeat > 0)
                     bar.update(task, advance=1, description=f"{workload}: {contender.name}")
-            found[workload] = compare(workload, contenders, tokens)
+            found[workload] = compare(workload, contenders)
             dynamic = contenders[1]
             found[workload]["dynamic"] |= estimates(dynamic.counts.get(workload, []))
             found[workload]["allowed"] = allowed(dynamic, workload, about, list(map(int, exits.split(","))), tokens)
@@ -179,22 +203,21 @@ def main(
                 out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def compare(workload: str, contenders: list[Contender], tokens: int) -> dict[str, Any]:
+def compare(workload: str, contenders: list[Contender]) -> dict[str, Any]:
     """Each contender's figures; the first one drafts nothing."""
     off = contenders[0]
-    sequences = len(off.texts[workload])
     found = {}
     for contender in contenders:
-        seconds = contender.seconds[workload]
-        same = sum(a == b for a, b in zip(contender.texts[workload], off.texts[workload], strict=True))
+        rates, texts = contender.rates[workload], contender.texts[workload]
+        same = sum(a == b for a, b in zip(texts, off.texts[workload], strict=True))
         drafted = contender.drafted[workload]
         found[contender.name] = {
-            "tokens_per_second": round(sequences * tokens / median(seconds), 1),
-            "speed_up": round(median(off.seconds[workload]) / median(seconds), 3),
-            "slowest_to_fastest": round(max(seconds) / min(seconds), 2),
+            "tokens_per_second": round(median(rates), 1),
+            "speed_up": round(median(rates) / median(off.rates[workload]), 3),
+            "fastest_to_slowest": round(max(rates) / min(rates), 2),
             "accepted_of_drafted": round(contender.accepted[workload] / drafted, 3) if drafted else None,
-            "drafted_a_token": round(drafted / (len(seconds) * sequences * tokens), 2),
-            "same_output": f"{same} of {sequences}",
+            "drafted_a_token": round(drafted / (len(rates) * sum(map(len, texts))), 2),
+            "same_output": f"{same} of {len(texts)}",
         }
     return found
 

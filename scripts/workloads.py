@@ -1,11 +1,12 @@
 """What the benchmark generates: from prompts of a synthetic model's classes, or pieces of files held out of training.
 
-A workload is a name such as "mixed x4": what, and how many sequences at a time.
+A workload is a name such as "mixed x4": what, and how many sequences at a time. As one ends the next one begins, as in
+a server: a batch that is only waited for would be as slow as its slowest sequence, whatever the others gain.
 """
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from synthetic import tokens_of
 from transformers import AutoTokenizer
@@ -14,12 +15,19 @@ CLASSES = {"easy": ["easy"], "hard": ["hard"], "mixed": ["easy", "hard", "turnin
 """Of a mixed batch's sequences a quarter each: easy, hard, and two that change while they are generated."""
 
 HELD_OUT = "held-out"
-PIECES = 16
-"""Pieces of held-out files that a workload continues, whatever its number at a time."""
 
 PROMPT_TOKENS = 32
 
-Prompt = dict[str, Any]
+FEWEST = 4
+"""Requests of a workload, and two for each place."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how many tokens to generate."""
+
+    token_ids: list[int]
+    length: int
 
 
 def default_workloads(model: Path) -> str:
@@ -29,27 +37,26 @@ def default_workloads(model: Path) -> str:
     return f"{HELD_OUT} x1,{HELD_OUT} x4,{HELD_OUT} x8"
 
 
-def batches_of(workload: str, model: Path, vocab_size: int) -> list[list[Prompt]]:
-    """Prompts, in batches to be generated one after the other; the same ones at each call."""
-    kind, number = workload.split(" x")
-    size, rng = int(number), random.Random(0)
+def requests_of(workload: str, model: Path, vocab_size: int, tokens: int) -> tuple[int, list[Request]]:
+    """How many at a time, and all of them, the same ones at each call; of half to one and a half times `tokens`."""
+    kind, places = workload.split(" x")
+    rng = random.Random(0)
+    number = max(FEWEST, 2 * int(places))
     if kind == HELD_OUT:
-        prompts = _held_out(model, rng)
-        return [prompts[begin : begin + size] for begin in range(0, len(prompts), size)]
-    names = [CLASSES[kind][i % len(CLASSES[kind])] for i in range(size)]
-    return [[{"prompt_token_ids": rng.choices(tokens_of(vocab_size, name), k=PROMPT_TOKENS)} for name in names]]
+        prompts = _held_out(model, number, rng)
+    else:
+        names = [CLASSES[kind][i % len(CLASSES[kind])] for i in range(number)]
+        prompts = [rng.choices(tokens_of(vocab_size, name), k=PROMPT_TOKENS) for name in names]
+    return int(places), [Request(prompt, rng.randint(tokens // 2, tokens * 3 // 2)) for prompt in prompts]
 
 
-def _held_out(model: Path, rng: random.Random) -> list[Prompt]:
+def _held_out(model: Path, number: int, rng: random.Random) -> list[list[int]]:
     """Pieces out of the middle of files that the demo model was not trained on."""
     from demo_training.text import read_corpus
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     _, texts = read_corpus(limit=0)
-    prompts: list[Prompt] = []
-    for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        if len(ids) >= 4 * PROMPT_TOKENS and len(prompts) < PIECES:
-            begin = rng.randrange(len(ids) // 4, len(ids) // 2)
-            prompts.append({"prompt_token_ids": ids[begin : begin + PROMPT_TOKENS]})
-    return prompts
+    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    files = [ids for ids in encoded if len(ids) >= 4 * PROMPT_TOKENS]
+    begins = [rng.randrange(len(ids) // 4, len(ids) // 2) for ids in files]
+    return [ids[begin : begin + PROMPT_TOKENS] for ids, begin in zip(files, begins, strict=True)][:number]
