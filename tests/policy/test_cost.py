@@ -1,5 +1,7 @@
 """The tables of costs: what was measured is there, nothing gets cheaper by being more, and they survive a file."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,13 @@ def test_more_work_never_looks_cheaper(step, layer, head, verify) -> None:
     for table in (tables.step, tables.layer, tables.head, tables.verify):
         assert (table.diff() >= 0).all()
         assert table[0] == 0
+
+
+def test_a_time_that_more_work_undercuts_is_not_believed() -> None:
+    """A first pass that was disturbed must not make all that follows look as dear."""
+    measured = replace(MEASURED, tokens=(1, 2, 4, 8), verify=(9.0, 4.0, 5.0, 6.0))
+    verify = CostTables(measured, max_rows=4, max_length=1, device=CPU).verify
+    assert verify.tolist() == pytest.approx([0, 4, 4, 4.5, 5, 5.25, 5.5, 5.75, 6])
 
 
 def test_a_file_keeps_them() -> None:
