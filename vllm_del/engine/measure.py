@@ -25,7 +25,7 @@ from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 2
+FORMAT = 3
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -96,11 +96,15 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
 
 def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
     config = vllm_config.scheduler_config
+    each, near, far = rehearsal.verify_each, rehearsal.context, rehearsal.long_context
     rows, steps = _table(config.max_num_seqs, lambda n: _draft_seconds(rehearsal, n, exits))
-    head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), lambda n: _seconds(lambda: rehearsal.head(n)))
+
+    def head_seconds(rows: int) -> float:
+        return _seconds(lambda: rehearsal.head(rows), before=lambda: rehearsal.draft_step(1, len(exits), near))
+
+    head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), head_seconds)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
-    each, near, far = rehearsal.verify_each, rehearsal.context, rehearsal.long_context
     tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
     step, layer = zip(*steps, strict=True)
     tables = tuple(rows), step, layer, tuple(head_rows), tuple(head), tuple(tokens), tuple(verify)
@@ -123,13 +127,15 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
 
 def _draft_seconds(rehearsal: Rehearsal, rows: int, exits: list[int]) -> tuple[float, float]:
     """Of a draft step with so many rows: the fixed part, and one layer."""
-    shallow = _seconds(lambda: rehearsal.draft_step(rows, 1, rehearsal.context))
-    if len(exits) == 1:
-        layer = shallow / exits[0]
-    else:
-        layer = (_seconds(lambda: rehearsal.draft_step(rows, len(exits), rehearsal.context)) - shallow) / (
-            exits[-1] - exits[0]
+
+    def seconds(segments: int) -> float:
+        return _seconds(
+            lambda: rehearsal.draft_step(rows, segments, rehearsal.context), before=lambda: rehearsal.head(rows)
         )
+
+    shallow = seconds(1)
+    deeper = exits[-1] - exits[0]
+    layer = (seconds(len(exits)) - shallow) / deeper if deeper else shallow / exits[0]
     layer = max(0.0, min(layer, shallow / exits[0]))
     return shallow - exits[0] * layer, layer
 
@@ -157,13 +163,16 @@ def _places(most: int) -> Iterator[int]:
     yield most
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
     """The shortest time of `run`, after a first time that does not count: what else the machine did only adds to it.
 
-    As often as fits in `SECONDS_EACH`, within limits; all ranks as often as the first one.
+    As often as fits in `SECONDS_EACH`, within limits; all ranks as often as the first one. `before` is what comes
+    before it in service: run over and over, a part of a model finds its weights in the caches of a CPU, and takes half
+    as long.
     """
 
     def timed() -> float:
+        before()
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
