@@ -184,6 +184,7 @@ def leave(number: int, frame: object) -> None:
     """On a signal: unwind, which stops the servers, and let no further signal interrupt that."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
+    print("\nStopping the servers ...", file=sys.stderr, flush=True)
     sys.exit(128 + number)
 
 
@@ -252,10 +253,17 @@ def parse_args() -> argparse.Namespace:
         "What follows -- goes to both servers, after the flags that the demo sets itself.",
     )
     parser.add_argument("--model", default=str(DEMO_MODEL), help="path or name (default: the model shipped here)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens to write for a prompt (default: 128)")
+    parser.add_argument("--max-tokens", type=positive, default=128, help="tokens to write for a prompt (default: 128)")
     parser.add_argument("--port", type=int, default=0, help="first of two loopback ports (default: free ones)")
     parser.add_argument("--speculative-config", default="del", help="of the server with del (default: %(default)s)")
     return parser.parse_args(arguments[:cut], argparse.Namespace(vllm_args=arguments[cut + 1 :]))
+
+
+def positive(text: str) -> int:
+    """A number of tokens; raises `ValueError`, which argparse reports, where there would be nothing to measure."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_del.policy.cost import CostTables, MeasuredCosts
+from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
 from vllm_del.policy.planner import CAUTION, HYSTERESIS, Planner
 
 DEPTHS = [2, 5]
@@ -62,29 +62,40 @@ def settled(planner: Planner, acceptance: torch.Tensor, limit: torch.Tensor, con
 
 
 def goodput(
-    tables: CostTables, acceptance: list[list[float]], plan: list[tuple[int, int]], context: list[int]
+    tables: CostTables,
+    acceptance: list[list[float]],
+    plan: list[tuple[int, int]],
+    context: list[int],
+    correction: Correction,
 ) -> float:
     """Expected tokens over time, written out; `plan` is (exit, length) by row."""
     tokens = sum(
         sum(rates[exit] ** k for k in range(length + 1)) for rates, (exit, length) in zip(acceptance, plan, strict=True)
     )
-    seconds = float(tables.verify[len(plan) + sum(length for _, length in plan)])
-    seconds += tables.verify_context * sum(context)
+    verifying = float(tables.verify[len(plan) + sum(length for _, length in plan)])
+    verifying += tables.verify_context * sum(context)
+    drafting = 0.0
     for (exit, length), tokens_before in zip(plan, context, strict=True):
-        of_draft = DEPTHS[exit] * tables.layer_context + tables.token_context
-        seconds += length * (tokens_before - CONTEXT) * of_draft
+        drafting += length * (tokens_before - CONTEXT) * DEPTHS[exit] * tables.layer_context
+        verifying += length * (tokens_before - CONTEXT) * tables.token_context
     for step in range(LENGTH):
-        drafting = [exit for exit, length in plan if length > step]
-        if drafting:
-            depth = max(DEPTHS[exit] for exit in drafting)
-            rows = len(drafting)
-            seconds += float(tables.step[rows] + depth * tables.layer[rows] + tables.head[rows])
+        exits = [exit for exit, length in plan if length > step]
+        if exits:
+            depth, rows = max(DEPTHS[exit] for exit in exits), len(exits)
+            drafting += float(tables.step[rows] + depth * tables.layer[rows] + tables.head[rows])
+    seconds = correction.draft * drafting + correction.verify * verifying + correction.overhead
     return tokens / seconds
 
 
-def best_goodput(tables: CostTables, acceptance: list[list[float]], limit: list[int], context: list[int]) -> float:
+def best_goodput(
+    tables: CostTables,
+    acceptance: list[list[float]],
+    limit: list[int],
+    context: list[int],
+    correction: Correction,
+) -> float:
     choices = [[(exit, length) for exit in range(len(DEPTHS)) for length in range(most + 1)] for most in limit]
-    return max(goodput(tables, acceptance, list(plan), context) for plan in itertools.product(*choices))
+    return max(goodput(tables, acceptance, list(plan), context, correction) for plan in itertools.product(*choices))
 
 
 rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
@@ -98,21 +109,26 @@ rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
     head=st.floats(0.0, 4.0),
     token=st.floats(0.0, 3.0),
     of_context=st.tuples(st.floats(0.0, 0.01), st.floats(0.0, 0.1), st.floats(0.0, 0.01)),
+    correction=st.builds(Correction, st.floats(0.5, 2.0), st.floats(0.5, 1.0), st.floats(0.0, 16.0)),
     seed=st.integers(0, 99),
 )
-def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, of_context, seed) -> None:
+def test_goodput_is_that_of_the_best_plan(
+    acceptance, layer, layer_row, head, token, of_context, correction, seed
+) -> None:
     """Within what hysteresis leaves, and the planner's one approximation: that every step goes as deep as the first."""
     tables = costs(layer, layer_row, head, token, of_context=of_context)
     rng = random.Random(seed)
     limit = [rng.choice([0, LENGTH, LENGTH]) for _ in acceptance]
     context = [rng.choice([CONTEXT, 500, 3000]) for _ in acceptance]
     planner = Planner(torch.tensor(DEPTHS), tables, LENGTH)
+    planner.correction = correction
     decision = settled(planner, torch.tensor(acceptance), torch.tensor(limit), torch.tensor(context))
     plan = list(zip(decision.exit.tolist(), decision.length.tolist(), strict=True))
     assert all(length <= most for (_, length), most in zip(plan, limit, strict=True))
-    reached = goodput(tables, acceptance, plan, context)
+    reached = goodput(tables, acceptance, plan, context, correction)
     assert reached == pytest.approx(float(decision.tokens / (decision.draft_time + decision.verify_time)))
-    assert reached >= best_goodput(tables, acceptance, limit, context) * (1 - HYSTERESIS - CAUTION - 0.02)
+    best = best_goodput(tables, acceptance, limit, context, correction)
+    assert reached >= best * (1 - HYSTERESIS - CAUTION - 0.02)
 
 
 def test_nothing_is_drafted_where_it_does_not_pay() -> None:

@@ -3,38 +3,79 @@
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
-from vllm_del.policy.cost import CostTables
+from vllm_del.draft.loop import Launched
+from vllm_del.policy.cost import Correction, CostTables
+
+ROUNDS, UNMOVED = 31, 4
+"""So many rounds correct the tables; so many that were as in the tables are put before the first ones."""
 
 PLANNING_SHARE = 0.05
 """Of the time of verification, what observing and planning may take. On a large model they take less each round."""
 
 
 class Stopwatch:
-    """How much longer than its forward pass the time between two drafting rounds is: the median of the last ones."""
+    """Holds rounds against the tables of costs, by the host's clock.
 
-    def __init__(self, costs: CostTables) -> None:
+    A machine has other things to do at another time, and what a step costs beside its kernels is in no table: where the
+    host sees what the device does, the last rounds correct them.
+    """
+
+    def __init__(self, costs: CostTables, depths: Sequence[int], learns: bool) -> None:
         self._costs = costs
-        self._seen: deque[float] = deque(maxlen=31)
-        self._started, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
+        self._depths = depths
+        self.learns = learns
+        # Of the last rounds: drafting by the clock over the tables; the rest by the clock, less and over the tables.
+        self._drafting = deque([1.0] * UNMOVED, maxlen=ROUNDS)
+        self._beside = deque([0.0] * UNMOVED, maxlen=ROUNDS)
+        self._verifying = deque([1.0] * UNMOVED, maxlen=ROUNDS)
+        # Of this round: when it began, of which sequences it is, and its drafting by the clock and by the tables
+        self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
+        self._drafted, self._tabled = 0.0, 0.0
+        self._contexts = 0.0
+        self._correction = Correction()
 
-    def start(self, slots: torch.Tensor) -> None:
-        """Drafting has ended."""
-        self._started, self._slots = time.perf_counter(), slots
+    def correction(self) -> Correction:
+        """By the median of the last rounds; of verification, what is beyond the table is beside it."""
+        if self.learns:
+            beside, verifying = median(self._beside), median(self._verifying)
+            self._correction = Correction(median(self._drafting), min(1.0, verifying), max(0.0, beside))
+        return self._correction
 
-    def overhead(self, slots: torch.Tensor, num_tokens: int, contexts: float) -> float:
-        """Seconds, after a verification of `num_tokens` of sequences whose context lengths add up to `contexts`.
+    def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
+        """The drafts of these sequences are there."""
+        tabled = sum(
+            self._costs.draft_seconds(rows, self._depths[exit], self._contexts * rows / len(slots))
+            for rows, exit in launched.steps
+        )
+        if tabled:
+            self._drafting.append(launched.seconds / tabled)
+        self._slots, self._drafted, self._tabled = slots, launched.seconds, tabled
 
-        Before other sequences there may have been a pause.
+    def verified(
+        self, slots: torch.Tensor, num_tokens: int, contexts: float, only_decodes: bool
+    ) -> tuple[float, float] | None:
+        """A verification of `num_tokens` ends a round, and begins another one.
+
+        Seconds that the round was to take and took; None where it was of other sequences, as there may have been a
+        pause, or had a prompt in it.
         """
-        if self._slots is slots:
-            elapsed = time.perf_counter() - self._started
-            self._seen.append(max(0.0, elapsed - self._costs.verify_seconds(num_tokens, contexts)))
-        return median(self._seen) if self._seen else 0.0
+        now, begun = time.perf_counter(), self._begun
+        same = self._slots is slots and only_decodes
+        self._begun, self._contexts, self._slots = now, contexts, torch.empty(0, dtype=torch.int64)
+        if not same:
+            return None
+        tabled = self._costs.verify_seconds(num_tokens, contexts)
+        rest = now - begun - self._drafted
+        self._beside.append(rest - tabled)
+        self._verifying.append(rest / tabled)
+        of = self._correction
+        return of.draft * self._tabled + of.verify * tabled + of.overhead, now - begun
 
 
 class Pace:

@@ -82,6 +82,16 @@ def split_steps(shallow: Sequence[float], deep: Sequence[float], exits: Sequence
     return step, ((long - step) / last).tolist()
 
 
+@dataclass
+class Correction:
+    """What the clock says of the tables while serving: factors of the two kinds of forward pass, and seconds beside."""
+
+    draft: float = 1.0
+    verify: float = 1.0
+    # of a round: scheduling, sampling, output, observing and planning
+    overhead: float = 0.0
+
+
 SHADOW_ROWS = 512
 """The head is tabled up to so many rows at least: shadow tokens are scored in larger batches than drafts."""
 
@@ -113,8 +123,15 @@ class CostTables:
         verify = [max(0.0, v - of_context * n) for n, v in zip(measured.tokens, measured.verify, strict=True)]
         self.verify = table(measured.tokens, verify, max_rows * (max_length + 1))
         # For the host, which must not wait for the device to know them.
+        self._layer_seconds = _dense(measured.rows, measured.layer, max_rows)
         self._head_seconds = _dense(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         self._verify_seconds = _dense(measured.tokens, verify, max_rows * (max_length + 1))
+
+    def draft_seconds(self, rows: int, depth: int, contexts: float) -> float:
+        """Seconds of a draft step through `depth` layers, of rows whose context lengths add up to `contexts`."""
+        rows = min(rows, len(self._layer_seconds) - 1)
+        layer = self._layer_seconds[rows] + self.layer_context * (contexts - rows * self.context)
+        return float(self.measured.step + depth * layer + self._head_seconds[rows])
 
     def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
         """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.
