@@ -184,7 +184,8 @@ def leave(number: int, frame: object) -> None:
     """On a signal: unwind, which stops the servers, and let no further signal interrupt that."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
-    print("\nStopping the servers ...", file=sys.stderr, flush=True)
+    with suppress(OSError, RuntimeError):  # nobody may be there to read it
+        print("\nStopping the servers ...", file=sys.stderr, flush=True)
     sys.exit(128 + number)
 
 

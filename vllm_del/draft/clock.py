@@ -1,10 +1,9 @@
-"""Time: what rounds take beside their forward passes, how often a plan is worth making, what the host knows when."""
+"""Time: how far rounds are from the tables of costs, how often a plan is worth making, what the host knows when."""
 
 import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -12,8 +11,14 @@ import torch
 from vllm_del.draft.loop import Launched
 from vllm_del.policy.cost import Correction, CostTables
 
-ROUNDS, UNMOVED = 31, 4
-"""So many rounds correct the tables; so many that were as in the tables are put before the first ones."""
+WATCHED = 12
+"""Rounds without drafts before any: what they take cannot be told from rounds with drafts."""
+
+GAIN, STRIDE = 0.1, 0.5
+"""How much of what a round differs corrects the tables, and the most that it counts as, of the factor."""
+
+FORGETTING = 0.001
+"""What of a correction of drafts is forgotten in a round without: after some hundreds drafts get another chance."""
 
 PLANNING_SHARE = 0.05
 """Of the time of verification, what observing and planning may take. On a large model they take less each round."""
@@ -22,30 +27,27 @@ PLANNING_SHARE = 0.05
 class Stopwatch:
     """Holds rounds against the tables of costs, by the host's clock.
 
-    A machine has other things to do at another time, and what a step costs beside its kernels is in no table: where the
-    host sees what the device does, the last rounds correct them.
+    A machine has other things to do at another time, and what a round takes beside its kernels is in no table: where
+    the host sees what the device does, the rounds correct the tables.
     """
 
     def __init__(self, costs: CostTables, depths: Sequence[int], learns: bool) -> None:
         self._costs = costs
         self._depths = depths
-        self.learns = learns
-        # Of the last rounds: drafting by the clock over the tables; the rest by the clock, less and over the tables.
-        self._drafting = deque([1.0] * UNMOVED, maxlen=ROUNDS)
-        self._beside = deque([0.0] * UNMOVED, maxlen=ROUNDS)
-        self._verifying = deque([1.0] * UNMOVED, maxlen=ROUNDS)
-        # Of this round: when it began, of which sequences it is, and its drafting by the clock and by the tables
+        self._learns = learns
+        # Rounds without drafts so far.
+        self._watched = 0
+        self.correction = Correction()
+        # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
         self._drafted, self._tabled = 0.0, 0.0
-        self._contexts = 0.0
-        self._correction = Correction()
+        # Of what was verified last
+        self._contexts, self._only_decodes = 0.0, False
 
-    def correction(self) -> Correction:
-        """By the median of the last rounds; of verification, what is beyond the table is beside it."""
-        if self.learns:
-            beside, verifying = median(self._beside), median(self._verifying)
-            self._correction = Correction(median(self._drafting), min(1.0, verifying), max(0.0, beside))
-        return self._correction
+    @property
+    def watches(self) -> bool:
+        """Whether this round had better draft nothing."""
+        return self._learns and self._watched < WATCHED
 
     def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
         """The drafts of these sequences are there."""
@@ -53,8 +55,6 @@ class Stopwatch:
             self._costs.draft_seconds(rows, self._depths[exit], self._contexts * rows / len(slots))
             for rows, exit in launched.steps
         )
-        if tabled:
-            self._drafting.append(launched.seconds / tabled)
         self._slots, self._drafted, self._tabled = slots, launched.seconds, tabled
 
     def verified(
@@ -65,17 +65,38 @@ class Stopwatch:
         Seconds that the round was to take and took; None where it was of other sequences, as there may have been a
         pause, or had a prompt in it.
         """
-        now, begun = time.perf_counter(), self._begun
+        now, begun, before = time.perf_counter(), self._begun, self._only_decodes
         same = self._slots is slots and only_decodes
-        self._begun, self._contexts, self._slots = now, contexts, torch.empty(0, dtype=torch.int64)
-        if not same:
+        self._begun, self._slots = now, torch.empty(0, dtype=torch.int64)
+        self._contexts, self._only_decodes = contexts, only_decodes
+        if not same or not before:
             return None
-        tabled = self._costs.verify_seconds(num_tokens, contexts)
-        rest = now - begun - self._drafted
-        self._beside.append(rest - tabled)
-        self._verifying.append(rest / tabled)
-        of = self._correction
-        return of.draft * self._tabled + of.verify * tabled + of.overhead, now - begun
+        of = self.correction
+        alone = self._costs.verify_seconds(len(slots), contexts)
+        drafts = self._costs.drafts_seconds(len(slots), num_tokens, contexts)
+        expected = of.draft * self._tabled + of.verify * alone + drafts + of.drafting * alone * (self._tabled > 0)
+        if self._learns:
+            self._learn(alone, drafts, now - begun - self._drafted)
+        return expected, now - begun
+
+    def _learn(self, alone: float, drafts: float, rest: float) -> None:
+        """From a round of which all but the draft steps took `rest`."""
+        of = self.correction
+        if self._tabled:
+            of.draft = _moved(of.draft, self._drafted / self._tabled, GAIN)
+            of.drafting += GAIN * min(max((rest - drafts) / alone - of.verify - of.drafting, -STRIDE), STRIDE)
+            return
+        # The first ones count alike.
+        self._watched += 1
+        of.verify = _moved(of.verify, rest / alone, max(GAIN, 1 / self._watched))
+        # Where nothing is drafted nothing is learnt of drafts: what kept them away is forgotten, slowly.
+        of.draft += FORGETTING * (1 - of.draft)
+        of.drafting -= FORGETTING * of.drafting
+
+
+def _moved(factor: float, seen: float, gain: float) -> float:
+    """Towards what was seen; no further for an outlier than for what differs by `STRIDE`."""
+    return factor + gain * (min(max(seen, factor * (1 - STRIDE)), factor * (1 + STRIDE)) - factor)
 
 
 class Pace:

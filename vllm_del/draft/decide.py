@@ -101,6 +101,8 @@ class DynamicPolicy:
         self.planner = planner
         self._on_host = on_host
         self._stopwatch = stopwatch
+        if planner and stopwatch:
+            planner.correction = stopwatch.correction
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -144,8 +146,6 @@ class DynamicPolicy:
         if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots)):
             return
         self._choice = None
-        if self.planner and self._stopwatch:
-            self.planner.correction = self._stopwatch.correction()
         if verified.ended:
             self._observe_prompts(slots, verified)
         steps = torch.arange(verified.longest + 1, device=slots.device)
@@ -221,6 +221,8 @@ class DynamicPolicy:
         if self._choice is None:
             self._choice, self._age = self._choose(slots, limit, context), 0
         choice = self._choice
+        if self._stopwatch and self._stopwatch.watches:
+            limit = torch.zeros_like(limit)
         # What there is room for may be less by now.
         exit, length = choice.exit, torch.minimum(choice.length, limit)
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))

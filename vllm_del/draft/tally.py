@@ -24,7 +24,7 @@ class Counts:
     expected: list[float]
     # by draft length, 0 included: rounds of a sequence
     lengths: list[float]
-    # seconds of whole rounds, as planned and by the clock
+    # seconds of whole rounds, as expected of one that drafted what they did, and by the clock
     planned_seconds: float
     measured_seconds: float
 

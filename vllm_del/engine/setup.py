@@ -34,6 +34,15 @@ def check_target(vllm_config: VllmConfig) -> None:
         )
 
 
+def goes_by_clock(vllm_config: VllmConfig) -> bool:
+    """Whether the host's clock may correct the costs.
+
+    It has to see what the device does; and ranks that go by clocks of their own would plan differently, and wait for
+    each other for ever.
+    """
+    return not vllm_config.use_v2_model_runner and vllm_config.parallel_config.tensor_parallel_size == 1
+
+
 class Drafter(Protocol):
     """What both runners' drafters have when a model is loaded and its KV cache is there."""
 
@@ -58,7 +67,7 @@ def make_policy(
     length = config.num_speculative_tokens
     if not config.is_dynamic:
         return FixedPolicy(length)
-    planner, costs = None, None
+    costs = None
     on_host = not vllm_config.use_v2_model_runner
     if config.del_objective == "goodput":
         draft_layers = early_attention_layers(network, config.exits[-1])
@@ -67,14 +76,11 @@ def make_policy(
         )
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
-        planner = Planner(torch.tensor(config.exits, device=device), costs, length)
     shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
 
-    # Ranks that go by clocks of their own would plan differently, and wait for each other for ever.
-    learns = on_host and vllm_config.parallel_config.tensor_parallel_size == 1
-
     def build() -> DynamicPolicy:
-        stopwatch = Stopwatch(costs, config.exits, learns) if costs else None
+        planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
+        stopwatch = Stopwatch(costs, config.exits, goes_by_clock(vllm_config)) if costs else None
         exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
         return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 

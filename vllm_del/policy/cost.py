@@ -59,7 +59,7 @@ class MeasuredCosts:
                 or list(where) != sorted(set(where))
             ):
                 raise ValueError(f"{places}={where} does not ascend from 1")
-            if len(tables[name]) != len(where) or not all(type(n) is float and n >= 0 for n in tables[name]):
+            if len(tables[name]) != len(where) or not all(type(n) is float and n > 0 for n in tables[name]):
                 raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
         scalars = ("step", "layer_context", "verify_context", "token_context")
         if wrong := [name for name in scalars if type(getattr(costs, name)) is not float or getattr(costs, name) < 0]:
@@ -78,18 +78,21 @@ def split_steps(shallow: Sequence[float], deep: Sequence[float], exits: Sequence
     if first == last:
         return 0.0, (long / last).tolist()
     fixed = np.median(short - first * (long - short) / (last - first))
-    step = float(np.clip(fixed, 0.0, long[0]))
+    # At least a tenth of a step is its layers, whatever was measured: without any the deepest exit would look free.
+    step = float(np.clip(fixed, 0.0, 0.9 * long[0]))
     return step, ((long - step) / last).tolist()
 
 
 @dataclass
 class Correction:
-    """What the clock says of the tables while serving: factors of the two kinds of forward pass, and seconds beside."""
+    """What the clock says of the tables while serving. Two are over a forward pass that verifies no drafts."""
 
+    # draft steps over the tables
     draft: float = 1.0
+    # a round without drafts: with its scheduling, sampling and output
     verify: float = 1.0
-    # of a round: scheduling, sampling, output, observing and planning
-    overhead: float = 0.0
+    # and what a round with any drafts takes beside that and its forward passes
+    drafting: float = 0.0
 
 
 SHADOW_ROWS = 512
@@ -117,7 +120,10 @@ class CostTables:
         self.layer = table(measured.rows, measured.layer, max_rows)
         self.head = table(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         # [tokens + 1]
-        self.context, self.layer_context = measured.context, measured.layer_context
+        self.context = measured.context
+        # No more than there is in the table: a difference of noisy times may say so.
+        of_layers = min(seconds / rows for rows, seconds in zip(measured.rows, measured.layer, strict=True))
+        self.layer_context = min(measured.layer_context, 0.9 * of_layers / max(1, measured.context))
         self.verify_context, self.token_context = measured.verify_context, measured.token_context
         of_context = measured.verify_context * measured.context / measured.verify_each
         verify = [max(0.0, v - of_context * n) for n, v in zip(measured.tokens, measured.verify, strict=True)]
@@ -132,6 +138,11 @@ class CostTables:
         rows = min(rows, len(self._layer_seconds) - 1)
         layer = self._layer_seconds[rows] + self.layer_context * (contexts - rows * self.context)
         return float(self.measured.step + depth * layer + self._head_seconds[rows])
+
+    def drafts_seconds(self, rows: int, tokens: int, contexts: float) -> float:
+        """Seconds that a verification of `tokens` takes more than one of the last token of each row alone."""
+        of_tokens = self.verify_seconds(tokens) - self.verify_seconds(rows)
+        return of_tokens + self.token_context * (tokens - rows) * (contexts / rows - self.context)
 
     def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
         """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.

@@ -68,10 +68,10 @@ class Planner:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
         lengths, costs, num_rows, correction = self.lengths, self.costs, len(limit), self.correction
         shared, per_row = correction.draft * self._shared[num_rows], correction.draft * self._per_row[num_rows]
-        per_token = correction.verify * self._per_token[num_rows]
+        per_token = self._per_token[num_rows]
         longer = (context - costs.context).double()
-        verify = correction.verify * (costs.verify[num_rows] + costs.verify_context * context.sum())
-        verify += correction.overhead
+        alone = costs.verify[num_rows] + costs.verify_context * context.sum()
+        verify, drafting = correction.verify * alone, correction.drafting * alone
         # Another number of rows has another goodput: begin with that of not drafting.
         price = self._price if num_rows == self._num_rows else num_rows / verify
         # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
@@ -80,7 +80,7 @@ class Planner:
         # What a row's drafts cost: each for its context, [rows, exits], and all beside that and what the batch shares,
         # [exits, length, longest]
         layers_context = self.depths * (correction.draft * costs.layer_context)
-        of_context = longer.unsqueeze(1) * (layers_context + correction.verify * costs.token_context)
+        of_context = longer.unsqueeze(1) * (layers_context + costs.token_context)
         row_cost = lengths[:, None] * (per_row[:, None, None] + per_token)
         row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
 
@@ -89,7 +89,7 @@ class Planner:
         value, length = (net.unsqueeze(-1) - price * row_cost).max(2)
         best, exit = value.cummax(1)
         # [exits, longest]: the batch's, with what it shares
-        total = best.sum(0) - price * lengths * shared[:, None]
+        total = best.sum(0) - price * (lengths * shared[:, None] + drafting * (lengths > 0))
         # [1] all: indices that stay on the device
         shape = self._choose(total, price * verify)
         deepest, longest = shape // len(lengths), shape % len(lengths)
@@ -99,7 +99,7 @@ class Planner:
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
         step = shared.index_select(0, deepest) / num_rows + per_row[row_exit]
         worth = price * (step + per_token.index_select(0, longest) + of_row_context)
-        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context)
+        decision = self._expect(gain, row_exit, row_length, worth, verify, drafting, of_row_context)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
         self._num_rows = num_rows
@@ -136,6 +136,7 @@ class Planner:
         length: torch.Tensor,
         worth: torch.Tensor,
         verify: torch.Tensor,
+        drafting: torch.Tensor,
         of_context: torch.Tensor,
     ) -> Decision:
         """What the plan yields and costs, by the tables and without the split into shared and per row."""
@@ -143,11 +144,11 @@ class Planner:
         per_exit = gain.gather(1, exit[:, None, None].expand(-1, 1, gain.shape[2])).squeeze(1)
         tokens = num_rows + per_exit.gather(1, length.unsqueeze(1)).sum()
         # [rows, steps]: who still drafts in each step
-        drafting = length.unsqueeze(1) > self.lengths[:-1]
-        rows = drafting.sum(0)
-        depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
+        drafts = length.unsqueeze(1) > self.lengths[:-1]
+        rows = drafts.sum(0)
+        depth = torch.where(drafts, self.depths[exit].unsqueeze(1), 0).amax(0)
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
-        draft_time = self.correction.draft * steps.sum() + (length * of_context).sum()
+        draft_time = self.correction.draft * steps.sum() + (length * of_context).sum() + drafting * (rows > 0).any()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
-        of_drafts = self.correction.verify * (verify_drafts - costs.verify[num_rows])
+        of_drafts = verify_drafts - costs.verify[num_rows]
         return Decision(exit, length, worth, tokens, draft_time, verify + of_drafts)
