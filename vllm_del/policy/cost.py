@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+Times = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class MeasuredCosts:
@@ -67,7 +69,7 @@ class MeasuredCosts:
         return costs
 
 
-def split_steps(shallow: Sequence[float], deep: Sequence[float], exits: Sequence[int]) -> tuple[float, list[float]]:
+def split_steps(shallow: Times, deep: Times, exits: Sequence[int]) -> tuple[float, list[float]]:
     """The fixed part of draft steps and what one layer adds, by rows, of steps to the first of `exits` and to the last.
 
     The fixed part is one number: a difference of two close times is mostly noise, and its median less so. The layers
@@ -170,7 +172,7 @@ def _dense(places: Sequence[int], values: Sequence[float], most: int) -> np.ndar
     return dense
 
 
-def _steady(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
+def _steady(seconds: Times) -> np.ndarray:
     """Times of growing work, as they would be without what else the machine did.
 
     That only ever adds to a measured time: what more work was done in, less is done in too. And more work must not look
