@@ -5,6 +5,7 @@ head and nothing else. On a small batch even one row reads the whole head: what 
 is saved up, and spent on many rows at once.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,11 +32,14 @@ class ShadowScorer:
         # of a verification's time, the part that may go into scoring
         share: float,
         device: torch.device,
+        # whether the host's clock tells what scoring takes, beside the head too, and no other rank has to agree
+        by_clock: bool = False,
     ) -> None:
         self._read_out = read_out
         self._head = head
         self._costs = costs
         self._share = share
+        self._by_clock = by_clock
         self._saved = 0.0
         # Of its own: drawing from torch's would change what unseeded requests sample.
         self._random = torch.Generator(device).manual_seed(0)
@@ -66,7 +70,7 @@ class ShadowScorer:
         exit: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shadow tokens [pairs] int64, and their probabilities [pairs] float32."""
-        tokens, probabilities = [], []
+        begun, tokens, probabilities = time.perf_counter(), [], []
         # States and logits of all of them at once might not fit in memory.
         for some, after in zip(at.split(SHADOW_ROWS), exit.split(SHADOW_ROWS), strict=True):
             of_each = torch.stack([state[some] for state in states])
@@ -74,6 +78,10 @@ class ShadowScorer:
             token, probability = self._head(self._read_out(picked))
             tokens.append(token)
             probabilities.append(probability)
+            if self._by_clock and self._costs is not None:
+                now = time.perf_counter()
+                self._saved -= now - begun - self._costs.head_seconds(len(some))
+                begun = now
         return torch.cat(tokens), torch.cat(probabilities)
 
     def choose(

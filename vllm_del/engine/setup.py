@@ -76,11 +76,12 @@ def make_policy(
         )
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
-    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
+    by_clock = goes_by_clock(vllm_config)
+    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device, by_clock)
 
     def build() -> DynamicPolicy:
         planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
-        stopwatch = Stopwatch(costs, config.exits, goes_by_clock(vllm_config)) if costs else None
+        stopwatch = Stopwatch(costs, config.exits, by_clock) if costs else None
         exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
         return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 
