@@ -27,7 +27,7 @@ def test_budget(head: tuple[float, float], wanted: int) -> None:
     assert costs is not None
     spent, scored = 0.0, []
     for _ in range(rounds):
-        shadow.earn(1)
+        shadow.earn(1, drafts=True)
         number = shadow.affordable(wanted)
         assert number <= wanted
         spent += costs.head_seconds(number)
@@ -55,18 +55,28 @@ def test_what_scoring_took_is_what_is_spent(monkeypatch: pytest.MonkeyPatch, by_
     monkeypatch.setattr(shadow, "_head", head)
     monkeypatch.setattr(shadow_module, "time", SimpleNamespace(perf_counter=lambda: now))
     for _ in range(rounds):
-        shadow.earn(1)
+        shadow.earn(1, drafts=True)
         if number := shadow.affordable(400):
             shadow.score([torch.rand(400, 8)], torch.arange(number), torch.zeros(number, dtype=torch.int64))
     assert now == pytest.approx(share * 0.1 * rounds, rel=0.1)
 
 
+def test_where_nothing_is_drafted_less_is_spent() -> None:
+    spent = {}
+    for drafts in (True, False):
+        shadow = scorer((0.001, 0.1))
+        for _ in range(1000):
+            shadow.earn(1, drafts)
+            spent[drafts] = spent.get(drafts, 0) + shadow.affordable(400)
+    assert 0 < spent[False] < 0.7 * spent[True]
+
+
 def test_nothing_without_a_budget_and_everything_without_costs() -> None:
     shadow = scorer((0.001, 0.1), share=0.0)
-    shadow.earn(1)
+    shadow.earn(1, drafts=True)
     assert shadow.affordable(5) == 0
     free = ShadowScorer(lambda states: states, SimpleNamespace(), None, 0.0, CPU)
-    free.earn(1)
+    free.earn(1, drafts=True)
     assert free.affordable(10_000) == 10_000
 
 

@@ -20,8 +20,11 @@ GAIN, STRIDE = 0.1, 0.5
 FORGETTING = 0.001
 """What of a correction of drafts is forgotten in a round without: after some hundreds drafts get another chance."""
 
-PLANNING_SHARE = 0.05
-"""Of the time of verification, what observing and planning may take. On a large model they take less each round."""
+PLANNING_SHARE, IDLE_SHARE = 0.03, 0.006
+"""Of the time of verification, what observing and planning may take: in rounds that draft, and in those that do not.
+
+On a large model they take less each round.
+"""
 
 
 class Stopwatch:
@@ -106,9 +109,9 @@ class Pace:
         self._seconds = planning_seconds
         self._costs = costs
 
-    def rounds(self, num_rows: int) -> int:
-        """For so many sequences."""
-        affordable = PLANNING_SHARE * self._costs.verify_seconds(num_rows)
+    def rounds(self, num_rows: int, drafts: bool) -> int:
+        """For so many sequences, by a plan with any drafts or by one without."""
+        affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * self._costs.verify_seconds(num_rows)
         return max(1, math.ceil(self._seconds / affordable)) if affordable > 0 else 1
 
 

@@ -20,6 +20,10 @@ BURST = 32
 """How many rows are worth a pass of the head where not all that are wanted can be paid."""
 
 
+IDLE = 0.5
+"""What is spent of the budget where nothing is drafted: nothing but that drafting may pay again is to be learnt."""
+
+
 class ShadowScorer:
     """Scores (position, exit) pairs, chosen at random where the budget does not cover all of them."""
 
@@ -44,10 +48,10 @@ class ShadowScorer:
         # Of its own: drawing from torch's would change what unseeded requests sample.
         self._random = torch.Generator(device).manual_seed(0)
 
-    def earn(self, tokens: int) -> None:
-        """A forward over so many tokens has run: its share is there to be spent."""
+    def earn(self, tokens: int, drafts: bool) -> None:
+        """A forward over so many tokens has run: its share is there to be spent, or less where nothing is drafted."""
         if self._costs is not None:
-            earned = self._share * self._costs.verify_seconds(tokens)
+            earned = self._share * (1 if drafts else IDLE) * self._costs.verify_seconds(tokens)
             self._saved = min(self._saved + earned, self._costs.head_seconds(SHADOW_ROWS))
 
     def affordable(self, wanted: int) -> int:
