@@ -1,5 +1,6 @@
 """What the clock says of rounds corrects the tables, where the host sees what the device does."""
 
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from tests.draft.test_pace import verified
 from vllm_del.draft import clock
-from vllm_del.draft.clock import WATCHED, Stopwatch
+from vllm_del.draft.clock import AGAIN, WATCHED, Stopwatch
 from vllm_del.draft.decide import DynamicPolicy
 from vllm_del.draft.loop import Drafts, Launched
 from vllm_del.draft.shadow import ShadowScorer
@@ -59,20 +60,20 @@ class Machine:
         stopwatch.drafted(SLOTS, Launched(steps, seconds))
         self.now += seconds + truth.verify * ALONE
         if steps:
-            self.now += truth.drafting * ALONE + DRAFTS
+            self.now += truth.drafting * ALONE + truth.drafts * DRAFTS
         return stopwatch.verified(SLOTS, ROWS + ROWS * len(steps), CONTEXTS, only_decodes)
 
 
 def near(truth: Correction, within: float = 0.01) -> Correction:
-    return Correction(*(pytest.approx(value, abs=within) for value in (truth.draft, truth.verify, truth.drafting)))
+    return Correction(*(pytest.approx(value, abs=within) for value in astuple(truth)))
 
 
-@pytest.mark.parametrize("truth", [Correction(), Correction(1.5, 1.2, 0.3), Correction(0.7, 0.8, -0.1)])
+@pytest.mark.parametrize("truth", [Correction(), Correction(1.5, 1.2, 1.0, 0.3), Correction(0.7, 0.8, 0.6, 0.0)])
 def test_a_machine_is_learnt_and_forgotten(monkeypatch: pytest.MonkeyPatch, truth: Correction) -> None:
     machine = Machine(monkeypatch)
     stopwatch = Stopwatch(COSTS, DEPTHS, learns=True)
     for machine.truth in (truth, Correction()):
-        for _ in range(2 * WATCHED):
+        for _ in range(6 * WATCHED):
             machine.round(stopwatch, [])
         for _ in range(60):
             expected, took = machine.round(stopwatch, STEPS)
@@ -95,15 +96,15 @@ def test_a_single_disturbance_moves_little(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2 * WATCHED):
         machine.round(stopwatch, [])
     for steps in ([], STEPS):
-        machine.truth = Correction(100.0, 100.0, 100.0)
+        machine.truth = Correction(100.0, 100.0, 100.0, 100.0)
         machine.round(stopwatch, steps)
         machine.truth = Correction()
-    assert stopwatch.correction == near(Correction(), 0.051)
+    assert stopwatch.correction == near(Correction(), 0.101)
 
 
 def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
-    machine.truth = Correction(9.0, 9.0, 9.0)
+    machine.truth = Correction(9.0, 9.0, 9.0, 9.0)
     for _ in range(9):
         assert machine.round(stopwatch, STEPS, only_decodes=False) is None
         # Nor the one that began with it, whose rows did not all draft.
@@ -117,12 +118,23 @@ def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> 
 def test_ranks_that_have_to_agree_are_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a host that only launches."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=False)
-    machine.truth = Correction(1.5, 1.2, 0.3)
+    machine.truth = Correction(1.5, 1.2, 1.0, 0.3)
     assert not stopwatch.watches
     for _ in range(12):
         found = machine.round(stopwatch, STEPS)
     assert stopwatch.correction == Correction()
     assert found == pytest.approx((ALONE + DRAFTING + DRAFTS, 1.5 * DRAFTING + 1.5 * ALONE + DRAFTS))
+
+
+def test_what_a_round_without_drafts_takes_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    watched = []
+    for _ in range(WATCHED + 1 + 3 * (AGAIN + 1)):
+        watched.append(stopwatch.watches)
+        machine.round(stopwatch, [] if watched[-1] else STEPS)
+    # The first one begins with nothing known before it.
+    assert watched[: WATCHED + 1] == [True] * (WATCHED + 1)
+    assert watched[WATCHED + 1 :] == ([False] * AGAIN + [True]) * 3
 
 
 def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +161,7 @@ def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypa
             policy.record(SLOTS, plan, Drafts(tokens, torch.ones(ROWS, LENGTH)), Launched(steps, truth.draft * tabled))
             verified_tokens = ROWS * (1 + len(steps))
             machine.now += (truth.verify + truth.drafting * bool(steps)) * ALONE
-            machine.now += COSTS.drafts_seconds(ROWS, verified_tokens, CONTEXTS)
+            machine.now += truth.drafts * COSTS.drafts_seconds(ROWS, verified_tokens, CONTEXTS)
             outcome = verified()
             outcome.num_tokens, outcome.contexts = verified_tokens, CONTEXTS
             policy.observe(SLOTS, outcome)
@@ -157,7 +169,7 @@ def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypa
 
     assert drafted_in(WATCHED) == 0
     assert drafted_in(200) > 0.9
-    machine.truth = Correction(3.0, 1.0, 0.5)
+    machine.truth = Correction(3.0, 1.0, 1.0, 0.5)
     drafted_in(40)
     assert 0 < drafted_in(4000) < 0.03
     machine.truth = Correction()

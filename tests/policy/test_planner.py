@@ -83,7 +83,7 @@ def goodput(
         if exits:
             depth, rows = max(DEPTHS[exit] for exit in exits), len(exits)
             drafting += float(tables.step[rows] + depth * tables.layer[rows] + tables.head[rows])
-    seconds = correction.draft * drafting + correction.verify * alone + verifying
+    seconds = correction.draft * drafting + correction.verify * alone + correction.drafts * verifying
     seconds += correction.drafting * alone * any(length for _, length in plan)
     return tokens / seconds
 
@@ -110,7 +110,9 @@ rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
     head=st.floats(0.0, 4.0),
     token=st.floats(0.0, 3.0),
     of_context=st.tuples(st.floats(0.0, 0.01), st.floats(0.0, 0.1), st.floats(0.0, 0.01)),
-    correction=st.builds(Correction, st.floats(0.5, 2.0), st.floats(0.7, 2.0), st.floats(-0.2, 0.5)),
+    correction=st.builds(
+        Correction, st.floats(0.5, 2.0), st.floats(0.7, 2.0), st.floats(0.5, 1.0), st.floats(0.0, 0.5)
+    ),
     seed=st.integers(0, 99),
 )
 def test_goodput_is_that_of_the_best_plan(

@@ -11,8 +11,11 @@ import torch
 from vllm_del.draft.loop import Launched
 from vllm_del.policy.cost import Correction, CostTables
 
-WATCHED = 12
-"""Rounds without drafts before any: what they take cannot be told from rounds with drafts."""
+WATCHED, AGAIN = 12, 64
+"""Rounds without drafts before any, and one after so many with: what they take cannot be told from rounds with drafts.
+
+It decides whether drafting pays at all, and a machine changes.
+"""
 
 GAIN, STRIDE = 0.1, 0.5
 """How much of what a round differs corrects the tables, and the most that it counts as, of the factor."""
@@ -38,8 +41,8 @@ class Stopwatch:
         self._costs = costs
         self._depths = depths
         self._learns = learns
-        # Rounds without drafts so far.
-        self._watched = 0
+        # Rounds without drafts so far, and rounds with since the last one
+        self._watched, self._in_a_row = 0, 0
         self.correction = Correction()
         # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
@@ -50,7 +53,7 @@ class Stopwatch:
     @property
     def watches(self) -> bool:
         """Whether this round had better draft nothing."""
-        return self._learns and self._watched < WATCHED
+        return self._learns and (self._watched < WATCHED or self._in_a_row >= AGAIN)
 
     def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
         """The drafts of these sequences are there."""
@@ -59,6 +62,7 @@ class Stopwatch:
             for rows, exit in launched.steps
         )
         self._slots, self._drafted, self._tabled = slots, launched.seconds, tabled
+        self._in_a_row = self._in_a_row + 1 if launched.steps else 0
 
     def verified(
         self, slots: torch.Tensor, num_tokens: int, contexts: float, only_decodes: bool
@@ -77,7 +81,9 @@ class Stopwatch:
         of = self.correction
         alone = self._costs.verify_seconds(len(slots), contexts)
         drafts = self._costs.drafts_seconds(len(slots), num_tokens, contexts)
-        expected = of.draft * self._tabled + of.verify * alone + drafts + of.drafting * alone * (self._tabled > 0)
+        expected = of.draft * self._tabled + of.verify * alone + of.drafts * drafts
+        if self._tabled:
+            expected += of.drafting * alone
         if self._learns:
             self._learn(alone, drafts, now - begun - self._drafted)
         return expected, now - begun
@@ -87,13 +93,19 @@ class Stopwatch:
         of = self.correction
         if self._tabled:
             of.draft = _moved(of.draft, self._drafted / self._tabled, GAIN)
-            of.drafting += GAIN * min(max((rest - drafts) / alone - of.verify - of.drafting, -STRIDE), STRIDE)
+            # Beyond the table it is something else; where it is less, the table is too high.
+            of_drafts = rest - of.verify * alone
+            if drafts > 0:
+                of.drafts = _moved(of.drafts, min(1.0, of_drafts / drafts), GAIN)
+            beyond = max(0.0, of_drafts - drafts) / alone
+            of.drafting += GAIN * (min(beyond, of.drafting + STRIDE) - of.drafting)
             return
-        # The first ones count alike.
+        # The first ones count alike, and later ones are few.
         self._watched += 1
-        of.verify = _moved(of.verify, rest / alone, max(GAIN, 1 / self._watched))
+        of.verify = _moved(of.verify, rest / alone, max(2 * GAIN, 1 / self._watched))
         # Where nothing is drafted nothing is learnt of drafts: what kept them away is forgotten, slowly.
         of.draft += FORGETTING * (1 - of.draft)
+        of.drafts += FORGETTING * (1 - of.drafts)
         of.drafting -= FORGETTING * of.drafting
 
 

@@ -87,13 +87,14 @@ def split_steps(shallow: Times, deep: Times, exits: Sequence[int]) -> tuple[floa
 
 @dataclass
 class Correction:
-    """What the clock says of the tables while serving. Two are over a forward pass that verifies no drafts."""
+    """What the clock says of the tables while serving: factors of what is in them."""
 
-    # draft steps over the tables
+    # of draft steps
     draft: float = 1.0
-    # a round without drafts: with its scheduling, sampling and output
+    # of a forward pass that verifies no drafts: with it goes the scheduling, sampling and output of such a round
     verify: float = 1.0
-    # and what a round with any drafts takes beside that and its forward passes
+    # of what verifying drafts takes more; and what else a round with any drafts does, over such a forward pass
+    drafts: float = 1.0
     drafting: float = 0.0
 
 

@@ -68,7 +68,7 @@ class Planner:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
         lengths, costs, num_rows, correction = self.lengths, self.costs, len(limit), self.correction
         shared, per_row = correction.draft * self._shared[num_rows], correction.draft * self._per_row[num_rows]
-        per_token = self._per_token[num_rows]
+        per_token = correction.drafts * self._per_token[num_rows]
         longer = (context - costs.context).double()
         alone = costs.verify[num_rows] + costs.verify_context * context.sum()
         verify, drafting = correction.verify * alone, correction.drafting * alone
@@ -80,7 +80,7 @@ class Planner:
         # What a row's drafts cost: each for its context, [rows, exits], and all beside that and what the batch shares,
         # [exits, length, longest]
         layers_context = self.depths * (correction.draft * costs.layer_context)
-        of_context = longer.unsqueeze(1) * (layers_context + costs.token_context)
+        of_context = longer.unsqueeze(1) * (layers_context + correction.drafts * costs.token_context)
         row_cost = lengths[:, None] * (per_row[:, None, None] + per_token)
         row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
 
@@ -150,5 +150,5 @@ class Planner:
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
         draft_time = self.correction.draft * steps.sum() + (length * of_context).sum() + drafting * (rows > 0).any()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
-        of_drafts = verify_drafts - costs.verify[num_rows]
+        of_drafts = self.correction.drafts * (verify_drafts - costs.verify[num_rows])
         return Decision(exit, length, worth, tokens, draft_time, verify + of_drafts)
