@@ -129,12 +129,19 @@ def test_ranks_that_have_to_agree_are_not_corrected(monkeypatch: pytest.MonkeyPa
 def test_what_a_round_without_drafts_takes_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
     watched = []
-    for _ in range(WATCHED + 1 + 3 * (AGAIN + 1)):
+    for _ in range(WATCHED + 3 * (AGAIN + 1)):
         watched.append(stopwatch.watches)
         machine.round(stopwatch, [] if watched[-1] else STEPS)
-    # The first one begins with nothing known before it.
-    assert watched[: WATCHED + 1] == [True] * (WATCHED + 1)
-    assert watched[WATCHED + 1 :] == ([False] * AGAIN + [True]) * 3
+    assert watched == [True] * WATCHED + ([False] * AGAIN + [True]) * 3
+
+
+def test_drafts_begin_where_no_round_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every one has a prompt in it, or other sequences."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    for _ in range(WATCHED):
+        assert stopwatch.watches
+        assert machine.round(stopwatch, [], only_decodes=False) is None
+    assert not stopwatch.watches
 
 
 def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,8 +41,8 @@ class Stopwatch:
         self._costs = costs
         self._depths = depths
         self._learns = learns
-        # Rounds without drafts so far, and rounds with since the last one
-        self._watched, self._in_a_row = 0, 0
+        # Rounds so far, those without drafts that were timed, and those with since the last one without
+        self._rounds, self._watched, self._in_a_row = 0, 0, 0
         self.correction = Correction()
         # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
@@ -53,10 +53,11 @@ class Stopwatch:
     @property
     def watches(self) -> bool:
         """Whether this round had better draft nothing."""
-        return self._learns and (self._watched < WATCHED or self._in_a_row >= AGAIN)
+        return self._learns and (self._rounds < WATCHED or self._in_a_row >= AGAIN)
 
     def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
         """The drafts of these sequences are there."""
+        self._rounds += 1
         tabled = sum(
             self._costs.draft_seconds(rows, self._depths[exit], self._contexts * rows / len(slots))
             for rows, exit in launched.steps
