@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any
 from urllib.request import urlopen
 
+import psutil
 from openai import OpenAI, OpenAIError
 from rich.console import Console
 from rich.markup import escape
@@ -175,9 +176,29 @@ def stop(process: subprocess.Popen) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        while killed := [member for member in group_of(process.pid) if not is_tracker(member)]:
+            for member in killed:
+                with suppress(psutil.Error):
+                    member.kill()
+            psutil.wait_procs(killed, timeout=1)
         process.wait()
+
+
+def group_of(number: int) -> list[psutil.Process]:
+    """The processes of a process group that have not ended."""
+    members = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == number and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
+    return members
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Whether it is Python's resource tracker, which ends by itself and then removes shared memory that was left."""
+    with suppress(psutil.Error):
+        return any("resource_tracker" in argument for argument in process.cmdline())
+    return False
 
 
 def leave(number: int, frame: object) -> None:

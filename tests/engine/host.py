@@ -99,7 +99,7 @@ _ENGINES_KEPT = 6
 _ROWS, _TOKENS = (1, 8), (1, 136)
 COSTS = {
     "rows": _ROWS,
-    "step": 0.1,
+    "step": (0.1, 0.1),
     "layer": (0.5, 0.6),
     "head_rows": _ROWS,
     "head": (0.5, 0.6),
@@ -148,13 +148,10 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
 
 
 def _use_made_up_costs() -> None:
-    from vllm_del.draft.clock import Stopwatch
     from vllm_del.engine import setup
     from vllm_del.policy.cost import MeasuredCosts
 
     setup.costs_of = lambda *_: MeasuredCosts(**COSTS)
-    # The clock would correct them.
-    setup.Stopwatch = lambda costs, depths, learns: Stopwatch(costs, depths, learns=False)  # type: ignore[assignment,misc]
 
 
 @contextmanager

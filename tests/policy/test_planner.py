@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
+from vllm_del.policy.cost import CostTables, MeasuredCosts
 from vllm_del.policy.planner import CAUTION, HYSTERESIS, Planner
 
 DEPTHS = [2, 5]
@@ -35,8 +35,8 @@ def costs(
     places = tuple(range(1, 13))
     return CostTables(
         MeasuredCosts(
-            step=step,
             rows=places,
+            step=tuple(step for _ in places),
             layer=tuple(layer + layer_row * n for n in places),
             head_rows=places,
             head=tuple(head for _ in places),
@@ -62,41 +62,29 @@ def settled(planner: Planner, acceptance: torch.Tensor, limit: torch.Tensor, con
 
 
 def goodput(
-    tables: CostTables,
-    acceptance: list[list[float]],
-    plan: list[tuple[int, int]],
-    context: list[int],
-    correction: Correction,
+    tables: CostTables, acceptance: list[list[float]], plan: list[tuple[int, int]], context: list[int]
 ) -> float:
     """Expected tokens over time, written out; `plan` is (exit, length) by row."""
     tokens = sum(
         sum(rates[exit] ** k for k in range(length + 1)) for rates, (exit, length) in zip(acceptance, plan, strict=True)
     )
-    alone = float(tables.verify[len(plan)]) + tables.verify_context * sum(context)
-    verifying = float(tables.verify[len(plan) + sum(length for _, length in plan)] - tables.verify[len(plan)])
-    drafting = 0.0
+    seconds = float(tables.verify[len(plan) + sum(length for _, length in plan)])
+    seconds += tables.verify_context * sum(context)
     for (exit, length), tokens_before in zip(plan, context, strict=True):
-        drafting += length * (tokens_before - CONTEXT) * DEPTHS[exit] * tables.layer_context
-        verifying += length * (tokens_before - CONTEXT) * tables.token_context
+        of_draft = DEPTHS[exit] * tables.layer_context + tables.token_context
+        seconds += length * (tokens_before - CONTEXT) * of_draft
     for step in range(LENGTH):
-        exits = [exit for exit, length in plan if length > step]
-        if exits:
-            depth, rows = max(DEPTHS[exit] for exit in exits), len(exits)
-            drafting += float(tables.step[rows] + depth * tables.layer[rows] + tables.head[rows])
-    seconds = correction.draft * drafting + correction.verify * alone + correction.drafts * verifying
-    seconds += correction.drafting * alone * any(length for _, length in plan)
+        drafting = [exit for exit, length in plan if length > step]
+        if drafting:
+            depth = max(DEPTHS[exit] for exit in drafting)
+            rows = len(drafting)
+            seconds += float(tables.step[rows] + depth * tables.layer[rows] + tables.head[rows])
     return tokens / seconds
 
 
-def best_goodput(
-    tables: CostTables,
-    acceptance: list[list[float]],
-    limit: list[int],
-    context: list[int],
-    correction: Correction,
-) -> float:
+def best_goodput(tables: CostTables, acceptance: list[list[float]], limit: list[int], context: list[int]) -> float:
     choices = [[(exit, length) for exit in range(len(DEPTHS)) for length in range(most + 1)] for most in limit]
-    return max(goodput(tables, acceptance, list(plan), context, correction) for plan in itertools.product(*choices))
+    return max(goodput(tables, acceptance, list(plan), context) for plan in itertools.product(*choices))
 
 
 rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
@@ -110,28 +98,21 @@ rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
     head=st.floats(0.0, 4.0),
     token=st.floats(0.0, 3.0),
     of_context=st.tuples(st.floats(0.0, 0.01), st.floats(0.0, 0.1), st.floats(0.0, 0.01)),
-    correction=st.builds(
-        Correction, st.floats(0.5, 2.0), st.floats(0.7, 2.0), st.floats(0.5, 1.0), st.floats(0.0, 0.5)
-    ),
     seed=st.integers(0, 99),
 )
-def test_goodput_is_that_of_the_best_plan(
-    acceptance, layer, layer_row, head, token, of_context, correction, seed
-) -> None:
+def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, of_context, seed) -> None:
     """Within what hysteresis leaves, and the planner's one approximation: that every step goes as deep as the first."""
     tables = costs(layer, layer_row, head, token, of_context=of_context)
     rng = random.Random(seed)
     limit = [rng.choice([0, LENGTH, LENGTH]) for _ in acceptance]
     context = [rng.choice([CONTEXT, 500, 3000]) for _ in acceptance]
     planner = Planner(torch.tensor(DEPTHS), tables, LENGTH)
-    planner.correction = correction
     decision = settled(planner, torch.tensor(acceptance), torch.tensor(limit), torch.tensor(context))
     plan = list(zip(decision.exit.tolist(), decision.length.tolist(), strict=True))
     assert all(length <= most for (_, length), most in zip(plan, limit, strict=True))
-    reached = goodput(tables, acceptance, plan, context, correction)
+    reached = goodput(tables, acceptance, plan, context)
     assert reached == pytest.approx(float(decision.tokens / (decision.draft_time + decision.verify_time)))
-    best = best_goodput(tables, acceptance, limit, context, correction)
-    assert reached >= best * (1 - HYSTERESIS - CAUTION - 0.02)
+    assert reached >= best_goodput(tables, acceptance, limit, context) * (1 - HYSTERESIS - CAUTION - 0.02)
 
 
 def test_nothing_is_drafted_where_it_does_not_pay() -> None:
@@ -179,7 +160,9 @@ def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
 
 def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
     """The figure promised for the CPU backend; the median of many, as the machine may be busy."""
-    tables = CostTables(MeasuredCosts(0.1, (1, 8), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU)
+    tables = CostTables(
+        MeasuredCosts((1, 8), (0.1, 0.1), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU
+    )
     planner = Planner(torch.tensor([2, 3, 5, 8]), tables, 8)
     acceptance = torch.rand(8, 4, dtype=torch.float64)
     limit, context = torch.full((8,), 8), torch.full((8,), 300)

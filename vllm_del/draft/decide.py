@@ -4,13 +4,14 @@ A round goes `observe`, `plan`, drafting, `record`. Sequences are known by slots
 lives, whatever row of the batch it is in.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_del.draft.clock import Late, Pace, Stopwatch
-from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched, Plan
+from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
 from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.upload import upload
@@ -40,8 +41,8 @@ class Verified:
     longest: int
     # of the step, prompts included
     num_tokens: int
-    # the context lengths of all rows together, or a bound on it
-    contexts: int
+    # [rows] int: the context length of each row
+    context: torch.Tensor
     # whether every row was past its prompt before
     only_decodes: bool
     # rows of sequences seen for the first time, or again in another slot
@@ -61,6 +62,8 @@ class Choice:
     # [rows, exits] float64: a draft less probable than this is the last one, and what acceptance is expected
     stop_below: torch.Tensor
     acceptance: torch.Tensor
+    # scalar float64: what a round takes, if costs are known
+    seconds: torch.Tensor | None
 
 
 class FixedPolicy:
@@ -93,7 +96,7 @@ class DynamicPolicy:
         device: torch.device,
         # whether the host sees the device's values at once, as on a CPU
         on_host: bool,
-        # where costs are known
+        # if the host's clock sees the device's work, and no other rank has a clock of its own
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
@@ -101,8 +104,6 @@ class DynamicPolicy:
         self.planner = planner
         self._on_host = on_host
         self._stopwatch = stopwatch
-        if planner and stopwatch:
-            planner.correction = stopwatch.correction
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -116,13 +117,14 @@ class DynamicPolicy:
         self._allowed = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self._tally = Tally(len(exits), max_length)
         self._late_counts = Late(first=None)
+        # When this round began; when the last one did, and what it was to be
+        self._began = 0.0
+        self._round: tuple[float, Choice] | None = None
         # If set, a choice serves several rounds of the same sequences: the one that does, and its age in rounds
         self.pace: Pace | None = None
         self._choice: Choice | None = None
         self._age = 0
         self._bounds = Late((len(exits) - 1, max_length))
-        # Whether the last round drafted, as far as the host knows
-        self._drafts = True
 
     def _forget(self, slots: torch.Tensor) -> None:
         self.statistics.reset(slots)
@@ -142,12 +144,15 @@ class DynamicPolicy:
         if verified.fresh:
             self._forget(slots[upload(verified.fresh, slots.device)])
         self._count(slots, verified)
-        self._shadow.earn(verified.num_tokens, self._drafts)
+        self._shadow.earn(verified.num_tokens)
         self._age += 1
         of_these = self._choice is not None and self._choice.slots is slots and verified.only_decodes
-        if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots), self._drafts):
+        if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots)):
             return
         self._choice = None
+        if self.planner and self._stopwatch:
+            contexts = float(verified.context.sum())
+            self.planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
         if verified.ended:
             self._observe_prompts(slots, verified)
         steps = torch.arange(verified.longest + 1, device=slots.device)
@@ -185,10 +190,13 @@ class DynamicPolicy:
         accepted = torch.minimum(verified.accepted, drafted)
         allowed = self._allowed[slots] & verified.sampled
         self._tally.add(self._exit[slots], drafted, accepted, self._expected[slots], allowed)
-        if self._stopwatch:
-            seconds = self._stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
-            if seconds is not None:
-                self._tally.add_time(*seconds)
+        now = time.perf_counter()
+        if self._round is not None and verified.only_decodes:
+            begin, choice = self._round
+            if choice.slots is slots and choice.seconds is not None:
+                self._tally.add_time(choice.seconds, now - begin)
+        self._round = None
+        self._began = now
 
     def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
@@ -223,8 +231,6 @@ class DynamicPolicy:
         if self._choice is None:
             self._choice, self._age = self._choose(slots, limit, context), 0
         choice = self._choice
-        if self._stopwatch and self._stopwatch.watches:
-            limit = torch.zeros_like(limit)
         # What there is room for may be less by now.
         exit, length = choice.exit, torch.minimum(choice.length, limit)
         wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
@@ -236,9 +242,9 @@ class DynamicPolicy:
         stop_below, expected = (
             values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (choice.stop_below, choice.acceptance)
         )
-        self._drafts = longest > 0
         self._allowed[slots] = limit > 0
         self._expected[slots] = expected.nan_to_num()
+        self._round = self._began, choice
         return Plan(exit, length, stop_below, deepest, longest)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
@@ -247,20 +253,21 @@ class DynamicPolicy:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
             longest = torch.full_like(limit, self.max_length)
-            return Choice(slots, exit, longest, stop_below, acceptance)
+            return Choice(slots, exit, longest, stop_below, acceptance, None)
         acceptance = self.statistics.estimate(slots)
         decision = self.planner.plan(acceptance, limit, context)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(1) / acceptance)
         stop_below = torch.minimum(stop_below, pays_above)
-        return Choice(slots, decision.exit, decision.length, stop_below, acceptance)
+        seconds = decision.draft_time + decision.verify_time
+        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, seconds)
 
-    def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
+    def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
         """Rows beyond those of `slots` are padding."""
         num_rows, width = len(slots), drafts.confidence.shape[1]
         self._exit[slots] = plan.exit[:num_rows]
         self._length[slots] = (drafts.tokens[:num_rows] != NO_TOKEN).sum(1)
         self._confidence[slots, :width] = drafts.confidence[:num_rows]
         if self._stopwatch:
-            self._stopwatch.drafted(slots, launched)
+            self._stopwatch.start(slots)

@@ -1,6 +1,6 @@
 """Measures at start what the parts of a round cost on this machine, or reads what an earlier start measured.
 
-The same draft steps and forward passes as in service, over made-up rows. Under tensor parallelism all ranks run them
+The same forward passes as in service, over made-up rows that write no KV. Under tensor parallelism all ranks run them
 together, and all take the first rank's figures, so that they plan alike.
 """
 
@@ -8,13 +8,10 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-import numpy as np
 import torch
 import vllm
 from vllm import envs
@@ -24,11 +21,11 @@ from vllm.logger import init_logger
 
 from vllm_del.draft.decide import DynamicPolicy, Verified
 from vllm_del.engine.rehearsal import Rehearsal
-from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
+from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 5
+FORMAT = 3
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -82,7 +79,7 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
         sampled=zeros == 0,
         longest=policy.max_length,
         num_tokens=0,  # earns nothing for shadow tokens, so that none are scored
-        contexts=0,
+        context=zeros,
         only_decodes=True,
         ended=[],
         fresh=[],
@@ -100,54 +97,47 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
 def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
     config = vllm_config.scheduler_config
     each, near, far = rehearsal.verify_each, rehearsal.context, rehearsal.long_context
-
-    after_drafts = rehearsal.drafting(1, len(exits), near)
+    rows, steps = _table(config.max_num_seqs, lambda n: _draft_seconds(rehearsal, n, exits))
 
     def head_seconds(rows: int) -> float:
-        return _seconds(lambda: rehearsal.head(rows), before=after_drafts)
-
-    def draft_seconds(rows: int) -> list[float]:
-        """Of a draft step to the first exit, and to the last one."""
-        return [_seconds(rehearsal.drafting(rows, n, near)) / rehearsal.steps for n in (1, len(exits))]
+        return _seconds(lambda: rehearsal.head(rows), before=lambda: rehearsal.draft_step(1, len(exits), near))
 
     head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), head_seconds)
-    rows, steps = _table(config.max_num_seqs, draft_seconds)
-    heads = np.interp(rows, head_rows, head)
-    shallow, deep = np.maximum(np.transpose(steps) - heads, np.transpose(steps) / 10)
-    step, layer = split_steps(shallow, deep, exits)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
     tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
-    measured = MeasuredCosts(
-        step=step,
-        rows=tuple(rows),
-        layer=tuple(layer),
-        head_rows=tuple(head_rows),
-        head=tuple(head),
-        tokens=tuple(tokens),
-        verify=tuple(verify),
-        verify_each=each,
-        context=near,
-    )
+    step, layer = zip(*steps, strict=True)
+    tables = tuple(rows), step, layer, tuple(head_rows), tuple(head), tuple(tokens), tuple(verify)
     if far < 2 * near or each == 1:
-        return measured
+        return MeasuredCosts(*tables, each, near)
 
     number = min(4, config.max_num_seqs, most // each)
 
-    def of_context(run: Callable[[int], Callable[[], None]]) -> float:
-        """Seconds for a row and a token more of its context, in what there is to run for a context."""
-        more = _seconds(run(far)) - _seconds(run(near))
+    def of_context(run: Callable[[int], None]) -> float:
+        """Seconds for a row and a token more of its context."""
+        more = _seconds(lambda: run(far)) - _seconds(lambda: run(near))
         return max(0.0, more) / (number * (far - near))
 
-    in_step = of_context(partial(rehearsal.drafting, number, len(exits))) / rehearsal.steps
-    alone = of_context(partial(partial, rehearsal.verify, number, 1))
-    with_drafts = of_context(partial(partial, rehearsal.verify, number * each, each))
-    return replace(
-        measured,
-        layer_context=in_step / exits[-1],
-        verify_context=alone,
-        token_context=max(0.0, with_drafts - alone) / (each - 1),
-    )
+    in_step = of_context(lambda context: rehearsal.draft_step(number, len(exits), context))
+    alone = of_context(lambda context: rehearsal.verify(number, 1, context))
+    with_drafts = of_context(lambda context: rehearsal.verify(number * each, each, context))
+    per_token = max(0.0, with_drafts - alone) / (each - 1)
+    return MeasuredCosts(*tables, each, near, in_step / exits[-1], alone, per_token)
+
+
+def _draft_seconds(rehearsal: Rehearsal, rows: int, exits: list[int]) -> tuple[float, float]:
+    """Of a draft step with so many rows: the fixed part, and one layer."""
+
+    def seconds(segments: int) -> float:
+        return _seconds(
+            lambda: rehearsal.draft_step(rows, segments, rehearsal.context), before=lambda: rehearsal.head(rows)
+        )
+
+    shallow = seconds(1)
+    deeper = exits[-1] - exits[0]
+    layer = (seconds(len(exits)) - shallow) / deeper if deeper else shallow / exits[0]
+    layer = max(0.0, min(layer, shallow / exits[0]))
+    return shallow - exits[0] * layer, layer
 
 
 def _table(most: int, seconds: Callable) -> tuple[list[int], list]:

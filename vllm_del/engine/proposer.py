@@ -81,7 +81,7 @@ class DelProposer(DraftModelProposer):
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
         tables = self.runner.input_batch.block_table.block_tables
-        self.policy = make_policy(self, [(table.get_device_tensor(1).shape[1], table.block_size) for table in tables])
+        self.policy = make_policy(self, [table.get_device_tensor(1).shape[1] for table in tables])
 
     def prepare_inputs_padded(
         self,
@@ -153,9 +153,9 @@ class DelProposer(DraftModelProposer):
         max_model_len = self.vllm_config.model_config.max_model_len
         max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
         attention = self.attention(max_seq_len, across_dp)
-        launched = draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
+        draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
         if isinstance(self.policy, DynamicPolicy):
-            self.policy.record(slots, plan, drafts, launched)
+            self.policy.record(slots, plan, drafts)
             wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))
             self.report = Report(wanted, self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
@@ -195,7 +195,7 @@ class DelProposer(DraftModelProposer):
             longest=max(num_drafts, default=0) if num_drafts else 0,
             only_decodes=not ended.any() and bool(sampled.all()),
             num_tokens=int(ends[-1]),
-            contexts=int(batch_metadata.seq_lens[:num_rows].sum()),
+            context=batch_metadata.seq_lens[:num_rows],
             ended=[(row, min(PROMPT_POSITIONS, int(room[row]))) for row in sorted(fresh) if ended[row]],
             fresh=sorted(fresh),
         )

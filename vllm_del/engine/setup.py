@@ -34,15 +34,6 @@ def check_target(vllm_config: VllmConfig) -> None:
         )
 
 
-def goes_by_clock(vllm_config: VllmConfig) -> bool:
-    """Whether the host's clock may correct the costs.
-
-    It has to see what the device does; and ranks that go by clocks of their own would plan differently, and wait for
-    each other for ever.
-    """
-    return not vllm_config.use_v2_model_runner and vllm_config.parallel_config.tensor_parallel_size == 1
-
-
 class Drafter(Protocol):
     """What both runners' drafters have when a model is loaded and its KV cache is there."""
 
@@ -57,8 +48,8 @@ class Drafter(Protocol):
 
 def make_policy(
     drafter: Drafter,
-    # of each KV cache group's block table: blocks in a row, and tokens in a block
-    tables: Sequence[tuple[int, int]],
+    # blocks in a row of each KV cache group's block table
+    table_widths: Sequence[int],
 ) -> FixedPolicy | DynamicPolicy:
     """The policy that is asked for, when all else is ready to serve: it may have to measure what a round costs."""
     vllm_config, network, head, device = drafter.vllm_config, drafter.model, drafter.head, drafter.device
@@ -67,21 +58,22 @@ def make_policy(
     length = config.num_speculative_tokens
     if not config.is_dynamic:
         return FixedPolicy(length)
-    costs = None
+    planner, costs, stopwatch = None, None, None
     on_host = not vllm_config.use_v2_model_runner
     if config.del_objective == "goodput":
         draft_layers = early_attention_layers(network, config.exits[-1])
         rehearsal = Rehearsal(
-            vllm_config, network, drafter.segments, head, draft_layers, drafter.kv_cache_config, tables, device
+            vllm_config, network, drafter.segments, head, draft_layers, drafter.kv_cache_config, table_widths, device
         )
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
-    by_clock = goes_by_clock(vllm_config)
-    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device, by_clock)
+        planner = Planner(torch.tensor(config.exits, device=device), costs, length)
+        if on_host and vllm_config.parallel_config.tensor_parallel_size == 1:
+            # Ranks that go by clocks of their own would plan differently, and wait for each other for ever.
+            stopwatch = Stopwatch(costs)
+    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
 
     def build() -> DynamicPolicy:
-        planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
-        stopwatch = Stopwatch(costs, config.exits, by_clock) if costs else None
         exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
         return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 

@@ -81,8 +81,7 @@ class DelSpeculator(DraftModelSpeculator):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
-        widths = [table.shape[1] for table in self.block_tables.input_block_tables]
-        self.policy = make_policy(self, list(zip(widths, self.block_tables.block_sizes, strict=True)))
+        self.policy = make_policy(self, [table.shape[1] for table in self.block_tables.input_block_tables])
 
     @torch.inference_mode()
     def propose(
@@ -163,9 +162,9 @@ class DelSpeculator(DraftModelSpeculator):
                 yield
 
         drafts = Drafts(self.draft_tokens[:num_padded], self.draft_token_confidence_probs[:num_padded])
-        launched = draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
+        draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
         if not dummy_run and isinstance(self.policy, DynamicPolicy):
-            self.policy.record(slots, plan, drafts, launched)
+            self.policy.record(slots, plan, drafts)
             self.report = Report(self.wanted, self.policy.counts())
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
@@ -225,7 +224,7 @@ class DelSpeculator(DraftModelSpeculator):
             sampled=sampled,
             longest=self.num_speculative_steps if batch.num_draft_tokens else 0,
             num_tokens=batch.num_tokens,
-            contexts=int(batch.seq_lens_cpu_upper_bound[:num_rows].sum()),
+            context=batch.seq_lens[:num_rows],
             only_decodes=bool((batch.num_computed_prefill_tokens_np >= batch.prefill_len_np).all()),
             ended=[
                 (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1))

@@ -1,6 +1,6 @@
 """What the parts of a round cost on this machine, in seconds: tables measured once, and read by number of rows.
 
-A draft step is a fixed part, as many layers as its exit is deep, and the head, these by the number of rows; a
+A draft step is a fixed part, as many layers as its exit is deep, and the head, each by the number of rows; a
 verification goes by its number of tokens. All of it is steady in the number: hardware reads weights once for few rows
 and computes for many, in steps of its own, so no formula is fitted; between two measurements the line is straight.
 """
@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-Times = Sequence[float] | np.ndarray
-
 
 @dataclass(frozen=True)
 class MeasuredCosts:
     """Seconds, as measured; `rows` and `tokens` ascend. What is saved, and what `vllm-del` prints."""
 
-    # a draft step without its layers and its head, whatever the number of rows; and by rows, one layer of it
-    step: float
     rows: tuple[int, ...]
+    # by rows: a draft step without its layers and its head, and one layer of it
+    step: tuple[float, ...]
     layer: tuple[float, ...]
     head_rows: tuple[int, ...]
     # by rows of its own, as it also scores shadow tokens
@@ -52,7 +50,7 @@ class MeasuredCosts:
             costs = cls(**tables)
         except (AttributeError, TypeError) as error:
             raise ValueError(str(error)) from None
-        for places, name in (("rows", "layer"), ("head_rows", "head"), ("tokens", "verify")):
+        for places, names in (("rows", ("step", "layer")), ("head_rows", ("head",)), ("tokens", ("verify",))):
             where = tables[places]
             if (
                 not isinstance(where, tuple)
@@ -61,41 +59,10 @@ class MeasuredCosts:
                 or list(where) != sorted(set(where))
             ):
                 raise ValueError(f"{places}={where} does not ascend from 1")
-            if len(tables[name]) != len(where) or not all(type(n) is float and n > 0 for n in tables[name]):
-                raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
-        scalars = ("step", "layer_context", "verify_context", "token_context")
-        if wrong := [name for name in scalars if type(getattr(costs, name)) is not float or getattr(costs, name) < 0]:
-            raise ValueError(f"{wrong} are not times")
+            for name in names:
+                if len(tables[name]) != len(where) or not all(type(n) is float and n >= 0 for n in tables[name]):
+                    raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
         return costs
-
-
-def split_steps(shallow: Times, deep: Times, exits: Sequence[int]) -> tuple[float, list[float]]:
-    """The fixed part of draft steps and what one layer adds, by rows, of steps to the first of `exits` and to the last.
-
-    The fixed part is one number: a difference of two close times is mostly noise, and its median less so. The layers
-    then account for all of the deep steps.
-    """
-    first, last = exits[0], exits[-1]
-    short, long = _steady(shallow), _steady(deep)
-    if first == last:
-        return 0.0, (long / last).tolist()
-    fixed = np.median(short - first * (long - short) / (last - first))
-    # At least a tenth of a step is its layers, whatever was measured: without any the deepest exit would look free.
-    step = float(np.clip(fixed, 0.0, 0.9 * long[0]))
-    return step, ((long - step) / last).tolist()
-
-
-@dataclass
-class Correction:
-    """What the clock says of the tables while serving: factors of what is in them."""
-
-    # of draft steps
-    draft: float = 1.0
-    # of a forward pass that verifies no drafts: with it goes the scheduling, sampling and output of such a round
-    verify: float = 1.0
-    # of what verifying drafts takes more; and what else a round with any drafts does, over such a forward pass
-    drafts: float = 1.0
-    drafting: float = 0.0
 
 
 SHADOW_ROWS = 512
@@ -118,34 +85,18 @@ class CostTables:
             return torch.tensor(dense, dtype=torch.float64, device=device)
 
         # [rows + 1] each; of no rows nothing is computed
-        self.step = torch.full((max_rows + 1,), measured.step, dtype=torch.float64, device=device)
-        self.step[0] = 0.0
+        self.step = table(measured.rows, measured.step, max_rows)
         self.layer = table(measured.rows, measured.layer, max_rows)
         self.head = table(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         # [tokens + 1]
-        self.context = measured.context
-        # No more than there is in the table: a difference of noisy times may say so.
-        of_layers = min(seconds / rows for rows, seconds in zip(measured.rows, measured.layer, strict=True))
-        self.layer_context = min(measured.layer_context, 0.9 * of_layers / max(1, measured.context))
+        self.context, self.layer_context = measured.context, measured.layer_context
         self.verify_context, self.token_context = measured.verify_context, measured.token_context
         of_context = measured.verify_context * measured.context / measured.verify_each
         verify = [max(0.0, v - of_context * n) for n, v in zip(measured.tokens, measured.verify, strict=True)]
         self.verify = table(measured.tokens, verify, max_rows * (max_length + 1))
         # For the host, which must not wait for the device to know them.
-        self._layer_seconds = _dense(measured.rows, measured.layer, max_rows)
         self._head_seconds = _dense(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         self._verify_seconds = _dense(measured.tokens, verify, max_rows * (max_length + 1))
-
-    def draft_seconds(self, rows: int, depth: int, contexts: float) -> float:
-        """Seconds of a draft step through `depth` layers, of rows whose context lengths add up to `contexts`."""
-        rows = min(rows, len(self._layer_seconds) - 1)
-        layer = self._layer_seconds[rows] + self.layer_context * (contexts - rows * self.context)
-        return float(self.measured.step + depth * layer + self._head_seconds[rows])
-
-    def drafts_seconds(self, rows: int, tokens: int, contexts: float) -> float:
-        """Seconds that a verification of `tokens` takes more than one of the last token of each row alone."""
-        of_tokens = self.verify_seconds(tokens) - self.verify_seconds(rows)
-        return of_tokens + self.token_context * (tokens - rows) * (contexts / rows - self.context)
 
     def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
         """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.
@@ -167,16 +118,10 @@ class CostTables:
 
 def _dense(places: Sequence[int], values: Sequence[float], most: int) -> np.ndarray:
     """The values at 0 to `most`: [most + 1]; 0 at 0, and beyond the last place in proportion."""
+    # What else the machine did only ever adds to a measured time: what more work was done in, less is done in too.
+    # And more work must not look cheaper, as the planner would follow it.
+    steady = np.minimum.accumulate(np.maximum(values, 0.0)[::-1])[::-1]
     at = np.arange(most + 1)
-    dense = np.interp(at, places, _steady(values)) * np.maximum(1.0, at / places[-1])
+    dense = np.interp(at, places, steady) * np.maximum(1.0, at / places[-1])
     dense[0] = 0.0
     return dense
-
-
-def _steady(seconds: Times) -> np.ndarray:
-    """Times of growing work, as they would be without what else the machine did.
-
-    That only ever adds to a measured time: what more work was done in, less is done in too. And more work must not look
-    cheaper, as the planner would follow it.
-    """
-    return np.minimum.accumulate(np.asarray(seconds)[::-1])[::-1]
