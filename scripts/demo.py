@@ -176,11 +176,12 @@ def stop(process: subprocess.Popen) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
     finally:
-        while killed := [member for member in group_of(process.pid) if not is_tracker(member)]:
-            for member in killed:
+        # Once more while there are any: one may just have started another.
+        while left := [member for member in group_of(process.pid) if not is_tracker(member)]:
+            for member in left:
                 with suppress(psutil.Error):
                     member.kill()
-            psutil.wait_procs(killed, timeout=1)
+            psutil.wait_procs(left, timeout=1)
         process.wait()
 
 
