@@ -24,8 +24,10 @@ SPECIAL = 4
 CLASSES = ("easy", "hard", "turning easy", "turning hard")
 TURN_EVERY = 64
 """One in so many tokens of a turning class is followed by one of the other turning class."""
+GROWTH, ADDED = 8.0, 3.8
+"""How much more the last layer adds than the first one, and all of them beside a token's own identity, of size 1."""
 CALIBRATION_TOKENS = 512
-CALIBRATION_ROUNDS = 3
+CALIBRATION_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,19 @@ class Synthetic:
         self._draw_head()
 
     def _draw_layers(self) -> None:
+        # The last layers add most: what the first half says of a hard token is all but unrelated to what the last one
+        # says. All of them together add so much, whatever their number.
+        gains = GROWTH ** torch.linspace(0, 1, self.shape.num_hidden_layers)
+        gains *= ADDED / gains.square().sum().sqrt()
         for name, weight in self.model.named_parameters():
             if weight.dim() == 1:
                 weight.data.fill_(1.0)
             elif "embed" not in name and "lm_head" not in name:
                 drawn = torch.randn(weight.shape, generator=self.random)
-                # The first layers add more than the last ones. Attention averages over the context: what it adds
-                # is nearly the same for every token, and would make all of them one.
+                # Attention averages over the context: what it adds is nearly the same for every token, and would make
+                # all of them one.
                 layer = int(name.split(".")[2])
-                gain = 2.0 * 0.85**layer if "down_proj" in name else 0.2 if "o_proj" in name else 1.0
+                gain = float(gains[layer]) if "down_proj" in name else 0.2 if "o_proj" in name else 1.0
                 weight.data.copy_(drawn * gain / weight.shape[1] ** 0.5)
 
     def _draw_head(self) -> None:
