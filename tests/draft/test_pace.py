@@ -18,13 +18,16 @@ def verified(only_decodes: bool = True) -> Verified:
 def test_rounds_of_a_plan() -> None:
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
-    assert [Pace(seconds * share, costs).rounds(ROWS) for seconds in (0, 0.5, 1, 1.5, 3.5)] == [1, 1, 1, 2, 4]
+    paces = [Pace(seconds * share, costs) for seconds in (0, 0.5, 1, 1.5, 3.5)]
+    assert [pace.rounds(ROWS, drafts=True) for pace in paces] == [1, 1, 1, 2, 4]
+    assert all(idle.rounds(ROWS, drafts=False) > idle.rounds(ROWS, drafts=True) for idle in paces[1:])
 
 
 def test_made_anew_when_due_or_for_others() -> None:
     mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
     costs, limit = mine.planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
     mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs)
+    mine.statistics._pool[:, 0] = 99.0  # so that drafting pays
     made = []
     original = mine._choose
     mine._choose = lambda *args: made.append(1) or original(*args)  # type: ignore[func-returns-value, method-assign]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_del.draft import shadow as shadow_module
 from vllm_del.draft.shadow import BURST, ShadowScorer
 from vllm_del.policy.cost import SHADOW_ROWS, CostTables, MeasuredCosts
 
@@ -26,7 +27,7 @@ def test_budget(head: tuple[float, float], wanted: int) -> None:
     assert costs is not None
     spent, scored = 0.0, []
     for _ in range(rounds):
-        shadow.earn(1)
+        shadow.earn(1, drafts=True)
         number = shadow.affordable(wanted)
         assert number <= wanted
         spent += costs.head_seconds(number)
@@ -38,12 +39,44 @@ def test_budget(head: tuple[float, float], wanted: int) -> None:
     assert max(scored) >= min(wanted, BURST)
 
 
+@pytest.mark.parametrize(("by_clock", "share"), [(True, 0.02), (False, 0.06)])
+def test_what_scoring_took_is_what_is_spent(monkeypatch: pytest.MonkeyPatch, by_clock: bool, share: float) -> None:
+    """Of scoring that takes three times what the head alone was measured to take."""
+    shadow, now, rounds = scorer((0.001, 0.1)), 0.0, 1000
+    shadow._by_clock = by_clock
+    costs = shadow._costs
+    assert costs is not None
+
+    def head(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal now
+        now += 3 * costs.head_seconds(len(states))
+        return states.argmax(-1), states.amax(-1)
+
+    monkeypatch.setattr(shadow, "_head", head)
+    monkeypatch.setattr(shadow_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    for _ in range(rounds):
+        shadow.earn(1, drafts=True)
+        if number := shadow.affordable(400):
+            shadow.score([torch.rand(400, 8)], torch.arange(number), torch.zeros(number, dtype=torch.int64))
+    assert now == pytest.approx(share * 0.1 * rounds, rel=0.1)
+
+
+def test_where_nothing_is_drafted_less_is_spent() -> None:
+    spent = {}
+    for drafts in (True, False):
+        shadow = scorer((0.001, 0.1))
+        for _ in range(1000):
+            shadow.earn(1, drafts)
+            spent[drafts] = spent.get(drafts, 0) + shadow.affordable(400)
+    assert 0 < spent[False] < 0.7 * spent[True]
+
+
 def test_nothing_without_a_budget_and_everything_without_costs() -> None:
     shadow = scorer((0.001, 0.1), share=0.0)
-    shadow.earn(1)
+    shadow.earn(1, drafts=True)
     assert shadow.affordable(5) == 0
     free = ShadowScorer(lambda states: states, SimpleNamespace(), None, 0.0, CPU)
-    free.earn(1)
+    free.earn(1, drafts=True)
     assert free.affordable(10_000) == 10_000
 
 

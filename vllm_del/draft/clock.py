@@ -10,8 +10,11 @@ import torch
 
 from vllm_del.policy.cost import CostTables
 
-PLANNING_SHARE = 0.05
-"""Of the time of verification, what observing and planning may take. On a large model they take less each round."""
+PLANNING_SHARE, IDLE_SHARE = 0.05, 0.005
+"""Of the time of verification, what observing and planning may take: in rounds that draft, and in those that do not.
+
+On a large model they take less each round.
+"""
 
 
 class Stopwatch:
@@ -44,9 +47,9 @@ class Pace:
         self._seconds = planning_seconds
         self._costs = costs
 
-    def rounds(self, num_rows: int) -> int:
-        """For so many sequences."""
-        affordable = PLANNING_SHARE * self._costs.verify_seconds(num_rows)
+    def rounds(self, num_rows: int, drafts: bool) -> int:
+        """For so many sequences, by a plan with any drafts or by one without."""
+        affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * self._costs.verify_seconds(num_rows)
         return max(1, math.ceil(self._seconds / affordable)) if affordable > 0 else 1
 
 

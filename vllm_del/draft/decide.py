@@ -125,6 +125,8 @@ class DynamicPolicy:
         self._choice: Choice | None = None
         self._age = 0
         self._bounds = Late((len(exits) - 1, max_length))
+        # Whether the last round drafted, as far as the host knows
+        self._drafts = True
 
     def _forget(self, slots: torch.Tensor) -> None:
         self.statistics.reset(slots)
@@ -144,10 +146,10 @@ class DynamicPolicy:
         if verified.fresh:
             self._forget(slots[upload(verified.fresh, slots.device)])
         self._count(slots, verified)
-        self._shadow.earn(verified.num_tokens)
+        self._shadow.earn(verified.num_tokens, self._drafts)
         self._age += 1
         of_these = self._choice is not None and self._choice.slots is slots and verified.only_decodes
-        if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots)):
+        if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots), self._drafts):
             return
         self._choice = None
         if self.planner and self._stopwatch:
@@ -242,6 +244,7 @@ class DynamicPolicy:
         stop_below, expected = (
             values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (choice.stop_below, choice.acceptance)
         )
+        self._drafts = longest > 0
         self._allowed[slots] = limit > 0
         self._expected[slots] = expected.nan_to_num()
         self._round = self._began, choice

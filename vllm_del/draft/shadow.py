@@ -5,6 +5,7 @@ head and nothing else. On a small batch even one row reads the whole head: what 
 is saved up, and spent on many rows at once.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,9 @@ PROMPT_POSITIONS = 32
 
 BURST = 32
 """How many rows are worth a pass of the head where not all that are wanted can be paid."""
+
+IDLE = 0.25
+"""What is spent of the budget where nothing is drafted: nothing but that drafting may pay again is to be learnt."""
 
 
 class ShadowScorer:
@@ -31,19 +35,22 @@ class ShadowScorer:
         # of a verification's time, the part that may go into scoring
         share: float,
         device: torch.device,
+        # whether the host's clock tells what scoring takes, beside the head too, and no other rank has to agree
+        by_clock: bool = False,
     ) -> None:
         self._read_out = read_out
         self._head = head
         self._costs = costs
         self._share = share
+        self._by_clock = by_clock
         self._saved = 0.0
         # Of its own: drawing from torch's would change what unseeded requests sample.
         self._random = torch.Generator(device).manual_seed(0)
 
-    def earn(self, tokens: int) -> None:
-        """A forward over so many tokens has run: its share is there to be spent."""
+    def earn(self, tokens: int, drafts: bool) -> None:
+        """A forward over so many tokens has run: its share is there to be spent, or less where nothing is drafted."""
         if self._costs is not None:
-            earned = self._share * self._costs.verify_seconds(tokens)
+            earned = self._share * (1 if drafts else IDLE) * self._costs.verify_seconds(tokens)
             self._saved = min(self._saved + earned, self._costs.head_seconds(SHADOW_ROWS))
 
     def affordable(self, wanted: int) -> int:
@@ -66,7 +73,7 @@ class ShadowScorer:
         exit: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Shadow tokens [pairs] int64, and their probabilities [pairs] float32."""
-        tokens, probabilities = [], []
+        begun, tokens, probabilities = time.perf_counter(), [], []
         # States and logits of all of them at once might not fit in memory.
         for some, after in zip(at.split(SHADOW_ROWS), exit.split(SHADOW_ROWS), strict=True):
             of_each = torch.stack([state[some] for state in states])
@@ -74,6 +81,8 @@ class ShadowScorer:
             token, probability = self._head(self._read_out(picked))
             tokens.append(token)
             probabilities.append(probability)
+        if self._by_clock and self._costs is not None:
+            self._saved -= time.perf_counter() - begun - self._costs.head_seconds(len(at))
         return torch.cat(tokens), torch.cat(probabilities)
 
     def choose(

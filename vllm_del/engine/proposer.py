@@ -183,7 +183,6 @@ class DelProposer(DraftModelProposer):
         # A request that was preempted begins again with what it had generated, and keeps what was learnt of it.
         whole_prompt = batch.num_tokens_no_spec[:num_rows] == prompt_len
         fresh = {*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}
-        room = torch.diff(ends, prepend=ends.new_zeros(1)) - 1 - drafted
         return Verified(
             states=states.split(self.hidden_size, dim=-1),
             input_ids=input_ids,
@@ -196,7 +195,11 @@ class DelProposer(DraftModelProposer):
             only_decodes=not ended.any() and bool(sampled.all()),
             num_tokens=int(ends[-1]),
             context=batch_metadata.seq_lens[:num_rows],
-            ended=[(row, min(PROMPT_POSITIONS, int(room[row]))) for row in sorted(fresh) if ended[row]],
+            ended=[
+                (row, min(PROMPT_POSITIONS, int(ends[row] - batch_metadata.query_start_loc_cpu[row]) - 1))
+                for row in sorted(fresh)
+                if ended[row]
+            ],
             fresh=sorted(fresh),
         )
 

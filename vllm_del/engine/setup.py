@@ -58,8 +58,11 @@ def make_policy(
     length = config.num_speculative_tokens
     if not config.is_dynamic:
         return FixedPolicy(length)
-    planner, costs, stopwatch = None, None, None
+    costs = None
     on_host = not vllm_config.use_v2_model_runner
+    # Where the host sees what the device does; and ranks that go by clocks of their own would plan differently, and
+    # wait for each other for ever.
+    by_clock = on_host and vllm_config.parallel_config.tensor_parallel_size == 1
     if config.del_objective == "goodput":
         draft_layers = early_attention_layers(network, config.exits[-1])
         rehearsal = Rehearsal(
@@ -67,13 +70,11 @@ def make_policy(
         )
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
-        planner = Planner(torch.tensor(config.exits, device=device), costs, length)
-        if on_host and vllm_config.parallel_config.tensor_parallel_size == 1:
-            # Ranks that go by clocks of their own would plan differently, and wait for each other for ever.
-            stopwatch = Stopwatch(costs)
-    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device)
+    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device, by_clock)
 
     def build() -> DynamicPolicy:
+        planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
+        stopwatch = Stopwatch(costs) if costs and by_clock else None
         exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
         return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 
