@@ -115,9 +115,10 @@ def show(result: Profile, predictions: list[Prediction], configuration: dict | N
     out.print(exits)
 
     costs = result.costs
-    steps = Table("rows", "layer ms", "rest of a step ms", title="A draft step", title_justify="left")
-    for rows, layer, rest in zip(costs.rows, costs.layer, costs.step, strict=True):
-        steps.add_row(str(rows), f"{layer * 1e3:.3f}", f"{rest * 1e3:.3f}")
+    title = f"A draft step: {costs.step * 1e3:.3f} ms, each layer, and the head"
+    steps = Table("rows", "layer ms", title=title, title_justify="left")
+    for rows, seconds in zip(costs.rows, costs.layer, strict=True):
+        steps.add_row(str(rows), f"{seconds * 1e3:.3f}")
     heads = Table("rows", "ms", title="The head", title_justify="left")
     for rows, seconds in zip(costs.head_rows, costs.head, strict=True):
         heads.add_row(str(rows), f"{seconds * 1e3:.3f}")

@@ -41,7 +41,7 @@ def policy(objective: str) -> DynamicPolicy:
     costs, planner = None, None
     if objective == "goodput":
         places = (1, SHADOW_ROWS)
-        measured = MeasuredCosts(places, (0.1, 0.1), (1.0, 2.0), places, (0.01, 0.02), places, (9.0, 99.0))
+        measured = MeasuredCosts(0.1, places, (1.0, 2.0), places, (0.01, 0.02), places, (9.0, 99.0))
         costs = CostTables(measured, ROWS, LENGTH, CPU)
         planner = Planner(torch.tensor(EXITS), costs, LENGTH)
     shadow = ShadowScorer(lambda states: states, head, costs, 0.5, CPU)  # type: ignore[arg-type]

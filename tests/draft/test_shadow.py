@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def scorer(head: tuple[float, float], share: float = 0.02) -> ShadowScorer:
     """Of a model whose verification of a token takes 100 ms; `head`: of one row, and of `SHADOW_ROWS`."""
-    measured = MeasuredCosts((1, SHADOW_ROWS), (0.0, 0.0), (1.0, 1.0), (1, SHADOW_ROWS), head, (1, 2), (0.1, 0.1))
+    measured = MeasuredCosts(0.0, (1, SHADOW_ROWS), (1.0, 1.0), (1, SHADOW_ROWS), head, (1, 2), (0.1, 0.1))
     return ShadowScorer(lambda states: states, SimpleNamespace(), CostTables(measured, 8, 4, CPU), share, CPU)
 
 

@@ -99,7 +99,7 @@ _ENGINES_KEPT = 6
 _ROWS, _TOKENS = (1, 8), (1, 136)
 COSTS = {
     "rows": _ROWS,
-    "step": (0.1, 0.1),
+    "step": 0.1,
     "layer": (0.5, 0.6),
     "head_rows": _ROWS,
     "head": (0.5, 0.6),

@@ -35,8 +35,8 @@ def costs(
     places = tuple(range(1, 13))
     return CostTables(
         MeasuredCosts(
+            step=step,
             rows=places,
-            step=tuple(step for _ in places),
             layer=tuple(layer + layer_row * n for n in places),
             head_rows=places,
             head=tuple(head for _ in places),
@@ -160,9 +160,7 @@ def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
 
 def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
     """The figure promised for the CPU backend; the median of many, as the machine may be busy."""
-    tables = CostTables(
-        MeasuredCosts((1, 8), (0.1, 0.1), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU
-    )
+    tables = CostTables(MeasuredCosts(0.1, (1, 8), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU)
     planner = Planner(torch.tensor([2, 3, 5, 8]), tables, 8)
     acceptance = torch.rand(8, 4, dtype=torch.float64)
     limit, context = torch.full((8,), 8), torch.full((8,), 300)

@@ -6,8 +6,8 @@ from vllm_del.policy.cost import MeasuredCosts
 from vllm_del.policy.predict import predict
 
 COSTS = MeasuredCosts(
+    step=0.0,
     rows=(1, 64),
-    step=(0.0, 0.0),
     layer=(1.0, 2.0),
     head_rows=(1, 512),
     head=(1.0, 2.0),

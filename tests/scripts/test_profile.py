@@ -13,7 +13,7 @@ from vllm_del import cli
 from vllm_del.policy.cost import MeasuredCosts
 from vllm_del.policy.predict import ExitProfile, Profile
 
-COSTS = MeasuredCosts((1, 64), (0.0, 0.0), (1e-3, 2e-3), (1, 512), (1e-3, 2e-3), (1, 448), (16e-3, 32e-3))
+COSTS = MeasuredCosts(0.0, (1, 64), (1e-3, 2e-3), (1, 512), (1e-3, 2e-3), (1, 448), (16e-3, 32e-3))
 
 
 def profile_of(agreement: float) -> Profile:

@@ -8,6 +8,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -21,11 +22,11 @@ from vllm.logger import init_logger
 
 from vllm_del.draft.decide import DynamicPolicy, Verified
 from vllm_del.engine.rehearsal import Rehearsal
-from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts
+from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 3
+FORMAT = 4
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -97,19 +98,38 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
 def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
     config = vllm_config.scheduler_config
     each, near, far = rehearsal.verify_each, rehearsal.context, rehearsal.long_context
-    rows, steps = _table(config.max_num_seqs, lambda n: _draft_seconds(rehearsal, n, exits))
+
+    def draft_seconds(rows: int) -> list[float]:
+        """Of a draft step to the first exit, and to the last one."""
+
+        def seconds(segments: int) -> float:
+            return _seconds(lambda: rehearsal.draft_step(rows, segments, near), before=lambda: rehearsal.head(rows))
+
+        return [seconds(1), seconds(len(exits))]
 
     def head_seconds(rows: int) -> float:
         return _seconds(lambda: rehearsal.head(rows), before=lambda: rehearsal.draft_step(1, len(exits), near))
 
+    rows, steps = _table(config.max_num_seqs, draft_seconds)
+    shallow, deep = zip(*steps, strict=True)
+    step, layer = split_steps(shallow, deep, exits)
     head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), head_seconds)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
     tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
-    step, layer = zip(*steps, strict=True)
-    tables = tuple(rows), step, layer, tuple(head_rows), tuple(head), tuple(tokens), tuple(verify)
+    measured = MeasuredCosts(
+        step=step,
+        rows=tuple(rows),
+        layer=tuple(layer),
+        head_rows=tuple(head_rows),
+        head=tuple(head),
+        tokens=tuple(tokens),
+        verify=tuple(verify),
+        verify_each=each,
+        context=near,
+    )
     if far < 2 * near or each == 1:
-        return MeasuredCosts(*tables, each, near)
+        return measured
 
     number = min(4, config.max_num_seqs, most // each)
 
@@ -121,23 +141,12 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     in_step = of_context(lambda context: rehearsal.draft_step(number, len(exits), context))
     alone = of_context(lambda context: rehearsal.verify(number, 1, context))
     with_drafts = of_context(lambda context: rehearsal.verify(number * each, each, context))
-    per_token = max(0.0, with_drafts - alone) / (each - 1)
-    return MeasuredCosts(*tables, each, near, in_step / exits[-1], alone, per_token)
-
-
-def _draft_seconds(rehearsal: Rehearsal, rows: int, exits: list[int]) -> tuple[float, float]:
-    """Of a draft step with so many rows: the fixed part, and one layer."""
-
-    def seconds(segments: int) -> float:
-        return _seconds(
-            lambda: rehearsal.draft_step(rows, segments, rehearsal.context), before=lambda: rehearsal.head(rows)
-        )
-
-    shallow = seconds(1)
-    deeper = exits[-1] - exits[0]
-    layer = (seconds(len(exits)) - shallow) / deeper if deeper else shallow / exits[0]
-    layer = max(0.0, min(layer, shallow / exits[0]))
-    return shallow - exits[0] * layer, layer
+    return replace(
+        measured,
+        layer_context=in_step / exits[-1],
+        verify_context=alone,
+        token_context=max(0.0, with_drafts - alone) / (each - 1),
+    )
 
 
 def _table(most: int, seconds: Callable) -> tuple[list[int], list]:

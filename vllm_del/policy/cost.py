@@ -1,6 +1,6 @@
 """What the parts of a round cost on this machine, in seconds: tables measured once, and read by number of rows.
 
-A draft step is a fixed part, as many layers as its exit is deep, and the head, each by the number of rows; a
+A draft step is a fixed part, as many layers as its exit is deep, and the head, these by the number of rows; a
 verification goes by its number of tokens. All of it is steady in the number: hardware reads weights once for few rows
 and computes for many, in steps of its own, so no formula is fitted; between two measurements the line is straight.
 """
@@ -18,9 +18,9 @@ import torch
 class MeasuredCosts:
     """Seconds, as measured; `rows` and `tokens` ascend. What is saved, and what `vllm-del` prints."""
 
+    # a draft step without its layers and its head, whatever the number of rows; and by rows, one layer of it
+    step: float
     rows: tuple[int, ...]
-    # by rows: a draft step without its layers and its head, and one layer of it
-    step: tuple[float, ...]
     layer: tuple[float, ...]
     head_rows: tuple[int, ...]
     # by rows of its own, as it also scores shadow tokens
@@ -50,7 +50,7 @@ class MeasuredCosts:
             costs = cls(**tables)
         except (AttributeError, TypeError) as error:
             raise ValueError(str(error)) from None
-        for places, names in (("rows", ("step", "layer")), ("head_rows", ("head",)), ("tokens", ("verify",))):
+        for places, name in (("rows", "layer"), ("head_rows", "head"), ("tokens", "verify")):
             where = tables[places]
             if (
                 not isinstance(where, tuple)
@@ -59,10 +59,27 @@ class MeasuredCosts:
                 or list(where) != sorted(set(where))
             ):
                 raise ValueError(f"{places}={where} does not ascend from 1")
-            for name in names:
-                if len(tables[name]) != len(where) or not all(type(n) is float and n >= 0 for n in tables[name]):
-                    raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
+            if len(tables[name]) != len(where) or not all(type(n) is float and n >= 0 for n in tables[name]):
+                raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
+        scalars = ("step", "layer_context", "verify_context", "token_context")
+        if wrong := [name for name in scalars if type(getattr(costs, name)) is not float or getattr(costs, name) < 0]:
+            raise ValueError(f"{wrong} are not times")
         return costs
+
+
+def split_steps(shallow: Sequence[float], deep: Sequence[float], exits: Sequence[int]) -> tuple[float, list[float]]:
+    """The fixed part of draft steps and what one layer adds, by rows, of steps to the first of `exits` and to the last.
+
+    The fixed part is one number: a difference of two close times is mostly noise, and its median less so. The layers
+    then account for all of the deep steps.
+    """
+    first, last = exits[0], exits[-1]
+    short, long = _steady(shallow), _steady(deep)
+    if first == last:
+        return 0.0, (long / last).tolist()
+    fixed = np.median(short - first * (long - short) / (last - first))
+    step = float(np.clip(fixed, 0.0, long[0]))
+    return step, ((long - step) / last).tolist()
 
 
 SHADOW_ROWS = 512
@@ -85,7 +102,8 @@ class CostTables:
             return torch.tensor(dense, dtype=torch.float64, device=device)
 
         # [rows + 1] each; of no rows nothing is computed
-        self.step = table(measured.rows, measured.step, max_rows)
+        self.step = torch.full((max_rows + 1,), measured.step, dtype=torch.float64, device=device)
+        self.step[0] = 0.0
         self.layer = table(measured.rows, measured.layer, max_rows)
         self.head = table(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         # [tokens + 1]
@@ -118,10 +136,16 @@ class CostTables:
 
 def _dense(places: Sequence[int], values: Sequence[float], most: int) -> np.ndarray:
     """The values at 0 to `most`: [most + 1]; 0 at 0, and beyond the last place in proportion."""
-    # What else the machine did only ever adds to a measured time: what more work was done in, less is done in too.
-    # And more work must not look cheaper, as the planner would follow it.
-    steady = np.minimum.accumulate(np.maximum(values, 0.0)[::-1])[::-1]
     at = np.arange(most + 1)
-    dense = np.interp(at, places, steady) * np.maximum(1.0, at / places[-1])
+    dense = np.interp(at, places, _steady(values)) * np.maximum(1.0, at / places[-1])
     dense[0] = 0.0
     return dense
+
+
+def _steady(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Times of growing work, as they would be without what else the machine did.
+
+    That only ever adds to a measured time: what more work was done in, less is done in too. And more work must not look
+    cheaper, as the planner would follow it.
+    """
+    return np.minimum.accumulate(np.asarray(seconds)[::-1])[::-1]
