@@ -27,7 +27,7 @@ NOT_DRAFTED = (
     "Rounds of a sequence without a draft. does_not_pay: the policy's choice; no_room: the KV cache is nearly full; "
     "not_wanted: the request said so, or ends.",
 )
-PLANNED = ("vllm:del_planned_seconds", "Time that rounds were planned to take.")
+PLANNED = ("vllm:del_planned_seconds", "Time that rounds were to take, given what they drafted.")
 MEASURED = ("vllm:del_measured_seconds", "Time that these rounds took.")
 REASONS = ("does_not_pay", "no_room", "not_wanted")
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_del.draft.clock import Stopwatch
 from vllm_del.draft.decide import DynamicPolicy, Verified
-from vllm_del.draft.loop import Drafts
+from vllm_del.draft.loop import Drafts, Launched
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.policy.cost import SHADOW_ROWS, CostTables, MeasuredCosts
 from vllm_del.policy.planner import Planner
@@ -38,14 +39,15 @@ def policy(objective: str) -> DynamicPolicy:
     def head(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return states.argmax(-1), states.softmax(-1).amax(-1)
 
-    costs, planner = None, None
+    costs, planner, stopwatch = None, None, None
     if objective == "goodput":
         places = (1, SHADOW_ROWS)
         measured = MeasuredCosts(0.1, places, (1.0, 2.0), places, (0.01, 0.02), places, (9.0, 99.0))
         costs = CostTables(measured, ROWS, LENGTH, CPU)
         planner = Planner(torch.tensor(EXITS), costs, LENGTH)
+        stopwatch = Stopwatch(costs, EXITS, learns=False)
     shadow = ShadowScorer(lambda states: states, head, costs, 0.5, CPU)  # type: ignore[arg-type]
-    return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, on_host=False)
+    return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, False, stopwatch)
 
 
 @pytest.mark.parametrize("objective", ["goodput", "tpl"])
@@ -64,18 +66,20 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
         sampled=torch.tensor([True, True, True, False]),
         longest=LENGTH,
         num_tokens=tokens,
-        context=torch.full((ROWS,), 50),
+        contexts=50 * ROWS,
         only_decodes=not ended,
         ended=ended,
         fresh=[],
     )
-    limit = torch.full((ROWS,), LENGTH)
+    limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 50)
+    launched = Launched([(ROWS, 1)] * LENGTH, 0.1)
     watch = Watch()
     for _ in range(12):
         with watch:
             mine.observe(slots, verified)
-            plan = mine.plan(slots, limit, verified.context)
-            mine.record(slots, plan, Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH)))
+            plan = mine.plan(slots, limit, context)
+            drafts = Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH))
+            mine.record(slots, plan, drafts, launched)
         counts = mine.counts()
     assert watch.seen == []
     assert counts is None or sum(counts.lengths) > 0

@@ -9,9 +9,9 @@ from vllm_del.draft.decide import Verified
 
 def verified(only_decodes: bool = True) -> Verified:
     zeros = torch.zeros(ROWS, dtype=torch.int64)
-    fields = dict.fromkeys(("input_ids", "start", "drafted", "accepted", "next_token", "context"), zeros)
+    fields = dict.fromkeys(("input_ids", "start", "drafted", "accepted", "next_token"), zeros)
     states = [torch.rand(ROWS, HIDDEN) for _ in range(len(EXITS) + 1)]
-    more = {"states": states, "longest": 0, "num_tokens": ROWS, "ended": [], "fresh": []}
+    more = {"states": states, "longest": 0, "num_tokens": ROWS, "contexts": 0, "ended": [], "fresh": []}
     return Verified(**fields, **more, sampled=zeros == 0, only_decodes=only_decodes)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ def test_sums_are_those_of_the_rounds() -> None:
         exit, drafted, accepted, expected, allowed = (torch.tensor(column) for column in zip(*batch, strict=True))
         assert not tally.is_due
         tally.add(exit, drafted, accepted, expected, allowed)
-        tally.add_time(torch.tensor(0.5, dtype=torch.float64), 0.75)
+        tally.add_time(0.5, 0.75)
     assert tally.is_due
     counts = tally.counts(tally.flush().tolist())
     for exit in range(EXITS):

@@ -1,14 +1,25 @@
-"""Time: what rounds take beside their forward passes, how often a plan is worth making, what the host knows when."""
+"""Time: how far rounds are from the tables of costs, how often a plan is worth making, what the host knows when."""
 
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
 
-from vllm_del.policy.cost import CostTables
+from vllm_del.draft.loop import Launched
+from vllm_del.policy.cost import Correction, CostTables
+
+LAST, AS_TABLED = 31, 5
+"""Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say."""
+
+AGAIN = 8
+"""Where nothing is drafted, every so many rounds count as one in which drafts were as far from the tables as the rest.
+
+So what kept drafts away is forgotten after some hundred rounds: they get another chance.
+"""
 
 PLANNING_SHARE, IDLE_SHARE = 0.05, 0.005
 """Of the time of verification, what observing and planning may take: in rounds that draft, and in those that do not.
@@ -18,26 +29,65 @@ On a large model they take less each round.
 
 
 class Stopwatch:
-    """How much longer than its forward pass the time between two drafting rounds is: the median of the last ones."""
+    """Holds rounds against the tables of costs, by the host's clock.
 
-    def __init__(self, costs: CostTables) -> None:
+    A machine has other things to do at another time, and what a round takes beside its kernels is in no table: where
+    the host sees what the device does, the rounds correct the tables.
+    """
+
+    def __init__(self, costs: CostTables, depths: Sequence[int], learns: bool) -> None:
         self._costs = costs
-        self._seen: deque[float] = deque(maxlen=31)
-        self._started, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
+        self._depths = depths
+        self._learns = learns
+        self.correction = Correction()
+        # What the last rounds took over what the tables say: their drafts, and all else
+        self._drafts = deque([1.0] * AS_TABLED, maxlen=LAST)
+        self._rest = deque([1.0] * AS_TABLED, maxlen=LAST)
+        self._undrafted = 0
+        # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
+        self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
+        self._drafted, self._tabled = 0.0, 0.0
+        # Of what was verified last
+        self._contexts, self._only_decodes = 0.0, False
 
-    def start(self, slots: torch.Tensor) -> None:
-        """Drafting has ended."""
-        self._started, self._slots = time.perf_counter(), slots
+    def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
+        """The drafts of these sequences are there."""
+        self._slots, self._drafted = slots, launched.seconds
+        self._tabled = sum(
+            self._costs.draft_seconds(rows, self._depths[exit], self._contexts * rows / len(slots))
+            for rows, exit in launched.steps
+        )
 
-    def overhead(self, slots: torch.Tensor, num_tokens: int, contexts: float) -> float:
-        """Seconds, after a verification of `num_tokens` of sequences whose context lengths add up to `contexts`.
+    def verified(
+        self, slots: torch.Tensor, num_tokens: int, contexts: float, only_decodes: bool
+    ) -> tuple[float, float] | None:
+        """A verification of `num_tokens` ends a round, and begins another one.
 
-        Before other sequences there may have been a pause.
+        Seconds that the round was to take and took; None where it was of other sequences, as there may have been a
+        pause, or had a prompt in it.
         """
-        if self._slots is slots:
-            elapsed = time.perf_counter() - self._started
-            self._seen.append(max(0.0, elapsed - self._costs.verify_seconds(num_tokens, contexts)))
-        return median(self._seen) if self._seen else 0.0
+        now, begun, before = time.perf_counter(), self._begun, self._only_decodes
+        same = self._slots is slots and only_decodes
+        self._begun, self._slots = now, torch.empty(0, dtype=torch.int64)
+        self._contexts, self._only_decodes = contexts, only_decodes
+        if not same or not before:
+            return None
+        tabled = self._costs.round_seconds(len(slots), num_tokens, contexts)
+        expected = self.correction.draft * self._tabled + self.correction.verify * tabled
+        if self._learns:
+            self._learn((now - begun - self._drafted) / tabled)
+        return expected, now - begun
+
+    def _learn(self, rest: float) -> None:
+        """From a round of which all but the draft steps took `rest` times what the tables say."""
+        self._rest.append(rest)
+        self.correction.verify = median(self._rest)
+        self._undrafted = 0 if self._tabled else self._undrafted + 1
+        if self._tabled:
+            self._drafts.append(self._drafted / self._tabled)
+        elif self._undrafted % AGAIN == 0:
+            self._drafts.append(self.correction.verify)
+        self.correction.draft = median(self._drafts)
 
 
 class Pace:

@@ -4,14 +4,13 @@ A round goes `observe`, `plan`, drafting, `record`. Sequences are known by slots
 lives, whatever row of the batch it is in.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_del.draft.clock import Late, Pace, Stopwatch
-from vllm_del.draft.loop import NO_TOKEN, Drafts, Plan
+from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched, Plan
 from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.upload import upload
@@ -41,8 +40,8 @@ class Verified:
     longest: int
     # of the step, prompts included
     num_tokens: int
-    # [rows] int: the context length of each row
-    context: torch.Tensor
+    # the context lengths of all rows together, or a bound on it
+    contexts: int
     # whether every row was past its prompt before
     only_decodes: bool
     # rows of sequences seen for the first time, or again in another slot
@@ -62,8 +61,6 @@ class Choice:
     # [rows, exits] float64: a draft less probable than this is the last one, and what acceptance is expected
     stop_below: torch.Tensor
     acceptance: torch.Tensor
-    # scalar float64: what a round takes, if costs are known
-    seconds: torch.Tensor | None
 
 
 class FixedPolicy:
@@ -96,7 +93,7 @@ class DynamicPolicy:
         device: torch.device,
         # whether the host sees the device's values at once, as on a CPU
         on_host: bool,
-        # if the host's clock sees the device's work, and no other rank has a clock of its own
+        # where costs are known
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
@@ -104,6 +101,8 @@ class DynamicPolicy:
         self.planner = planner
         self._on_host = on_host
         self._stopwatch = stopwatch
+        if planner and stopwatch:
+            planner.correction = stopwatch.correction
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -117,9 +116,6 @@ class DynamicPolicy:
         self._allowed = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self._tally = Tally(len(exits), max_length)
         self._late_counts = Late(first=None)
-        # When this round began; when the last one did, and what it was to be
-        self._began = 0.0
-        self._round: tuple[float, Choice] | None = None
         # If set, a choice serves several rounds of the same sequences: the one that does, and its age in rounds
         self.pace: Pace | None = None
         self._choice: Choice | None = None
@@ -152,9 +148,6 @@ class DynamicPolicy:
         if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots), self._drafts):
             return
         self._choice = None
-        if self.planner and self._stopwatch:
-            contexts = float(verified.context.sum())
-            self.planner.overhead.fill_(self._stopwatch.overhead(slots, verified.num_tokens, contexts))
         if verified.ended:
             self._observe_prompts(slots, verified)
         steps = torch.arange(verified.longest + 1, device=slots.device)
@@ -192,13 +185,10 @@ class DynamicPolicy:
         accepted = torch.minimum(verified.accepted, drafted)
         allowed = self._allowed[slots] & verified.sampled
         self._tally.add(self._exit[slots], drafted, accepted, self._expected[slots], allowed)
-        now = time.perf_counter()
-        if self._round is not None and verified.only_decodes:
-            begin, choice = self._round
-            if choice.slots is slots and choice.seconds is not None:
-                self._tally.add_time(choice.seconds, now - begin)
-        self._round = None
-        self._began = now
+        if self._stopwatch:
+            seconds = self._stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
+            if seconds is not None:
+                self._tally.add_time(*seconds)
 
     def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
@@ -247,7 +237,6 @@ class DynamicPolicy:
         self._drafts = longest > 0
         self._allowed[slots] = limit > 0
         self._expected[slots] = expected.nan_to_num()
-        self._round = self._began, choice
         return Plan(exit, length, stop_below, deepest, longest)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
@@ -256,21 +245,20 @@ class DynamicPolicy:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
             longest = torch.full_like(limit, self.max_length)
-            return Choice(slots, exit, longest, stop_below, acceptance, None)
+            return Choice(slots, exit, longest, stop_below, acceptance)
         acceptance = self.statistics.estimate(slots)
         decision = self.planner.plan(acceptance, limit, context)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(1) / acceptance)
         stop_below = torch.minimum(stop_below, pays_above)
-        seconds = decision.draft_time + decision.verify_time
-        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, seconds)
+        return Choice(slots, decision.exit, decision.length, stop_below, acceptance)
 
-    def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts) -> None:
+    def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
         """Rows beyond those of `slots` are padding."""
         num_rows, width = len(slots), drafts.confidence.shape[1]
         self._exit[slots] = plan.exit[:num_rows]
         self._length[slots] = (drafts.tokens[:num_rows] != NO_TOKEN).sum(1)
         self._confidence[slots, :width] = drafts.confidence[:num_rows]
         if self._stopwatch:
-            self._stopwatch.start(slots)
+            self._stopwatch.drafted(slots, launched)

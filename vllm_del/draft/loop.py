@@ -7,6 +7,7 @@ accepted token; a rejected position is written again before anything reads it. S
 nothing to roll back and no draft prefill.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -120,6 +121,16 @@ class Drafts:
     confidence: torch.Tensor
 
 
+@dataclass
+class Launched:
+    """What a round launched, as the host knows it."""
+
+    # of each step: rows, and the segment after which the deepest leave
+    steps: list[tuple[int, int]]
+    # by the host's clock: where it is also the device, what the steps took
+    seconds: float
+
+
 AttentionContext = Callable[[int, DraftRows], AbstractContextManager[None]]
 """`attention(step, rows)` is vLLM's forward context for a draft step: one query token a row, as the rows say."""
 
@@ -133,12 +144,13 @@ def draft(
     max_model_len: int,
     drafts: Drafts,
     compact: bool,
-) -> None:
+) -> Launched:
     """Draft for every live row what `plan` says, into `drafts`. A row that reaches `max_model_len` stops there.
 
     `compact` takes rows that are done out of the batch, and ends the round when none is left; it needs their number on
     the host. Otherwise they are computed along, in the shape the round began with.
     """
+    begun, steps = time.perf_counter(), []
     drafts.tokens.fill_(NO_TOKEN)
     place = torch.arange(rows.live.shape[0], device=rows.live.device)
     for step in range(plan.longest):
@@ -157,6 +169,7 @@ def draft(
             if not left.numel():
                 break
             rows, plan, place = rows.take(left), plan.take(left), place[left]
+        steps.append((rows.live.shape[0], plan.deepest))
         with attention(step, rows):
             states = run_segments(segments[: plan.deepest + 1], rows.input_ids, rows.positions, plan.exit)
         token, confidence = head(states)
@@ -166,6 +179,7 @@ def draft(
         # Not `>=`, which a threshold of NaN would fail.
         rows.live.logical_and_(~(confidence < plan.stop_below))
         rows.input_ids.copy_(token)
+    return Launched(steps, time.perf_counter() - begun)
 
 
 def run_segments(

@@ -24,7 +24,7 @@ class Counts:
     expected: list[float]
     # by draft length, 0 included: rounds of a sequence
     lengths: list[float]
-    # seconds of whole rounds, as planned and by the clock
+    # seconds of whole rounds, as expected of one that drafted what they did, and by the clock
     planned_seconds: float
     measured_seconds: float
 
@@ -36,8 +36,7 @@ class Tally:
         self._num_exits = num_exits
         self._max_length = max_length
         self._rounds: list[torch.Tensor] = []
-        self._planned: list[torch.Tensor] = []
-        self._measured = 0.0
+        self._seconds = (0.0, 0.0)
         self._begun = time.perf_counter()
 
     def add(
@@ -53,10 +52,9 @@ class Tally:
         """A round's outcome."""
         self._rounds.append(torch.stack([values.double() for values in (exit, drafted, accepted, expected, allowed)]))
 
-    def add_time(self, planned: torch.Tensor, measured: float) -> None:
-        """Seconds of a round from its begin to the next one's: scalar float64, and by the clock."""
-        self._planned.append(planned)
-        self._measured += measured
+    def add_time(self, planned: float, measured: float) -> None:
+        """Seconds of a round from its begin to the next one's: as expected, and by the clock."""
+        self._seconds = self._seconds[0] + planned, self._seconds[1] + measured
 
     @property
     def is_due(self) -> bool:
@@ -72,9 +70,8 @@ class Tally:
         by_exit.index_add_(1, exit.long(), torch.stack((drafted, accepted, tried, expected * tried)))
         lengths = torch.zeros(self._max_length + 1, dtype=torch.float64, device=exit.device)
         lengths.index_add_(0, drafted.long(), allowed)
-        planned = torch.stack(self._planned).sum() if self._planned else exit.new_zeros(())
-        times = torch.stack((planned, exit.new_full((), self._measured)))
-        self._rounds, self._planned, self._measured = [], [], 0.0
+        times = torch.stack([exit.new_full((), seconds) for seconds in self._seconds])
+        self._rounds, self._seconds = [], (0.0, 0.0)
         self._begun = time.perf_counter()
         return torch.cat((by_exit.flatten(), lengths, times))
 

@@ -80,7 +80,7 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
         sampled=zeros == 0,
         longest=policy.max_length,
         num_tokens=0,  # earns nothing for shadow tokens, so that none are scored
-        context=zeros,
+        contexts=0,
         only_decodes=True,
         ended=[],
         fresh=[],

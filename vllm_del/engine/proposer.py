@@ -153,9 +153,9 @@ class DelProposer(DraftModelProposer):
         max_model_len = self.vllm_config.model_config.max_model_len
         max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
         attention = self.attention(max_seq_len, across_dp)
-        draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
+        launched = draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
         if isinstance(self.policy, DynamicPolicy):
-            self.policy.record(slots, plan, drafts)
+            self.policy.record(slots, plan, drafts, launched)
             wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))
             self.report = Report(wanted, self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
@@ -194,7 +194,7 @@ class DelProposer(DraftModelProposer):
             longest=max(num_drafts, default=0) if num_drafts else 0,
             only_decodes=not ended.any() and bool(sampled.all()),
             num_tokens=int(ends[-1]),
-            context=batch_metadata.seq_lens[:num_rows],
+            contexts=int(batch_metadata.seq_lens[:num_rows].sum()),
             ended=[
                 (row, min(PROMPT_POSITIONS, int(ends[row] - batch_metadata.query_start_loc_cpu[row]) - 1))
                 for row in sorted(fresh)

@@ -74,7 +74,7 @@ def make_policy(
 
     def build() -> DynamicPolicy:
         planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
-        stopwatch = Stopwatch(costs) if costs and by_clock else None
+        stopwatch = Stopwatch(costs, config.exits, by_clock) if costs else None
         exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
         return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 

@@ -162,9 +162,9 @@ class DelSpeculator(DraftModelSpeculator):
                 yield
 
         drafts = Drafts(self.draft_tokens[:num_padded], self.draft_token_confidence_probs[:num_padded])
-        draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
+        launched = draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
         if not dummy_run and isinstance(self.policy, DynamicPolicy):
-            self.policy.record(slots, plan, drafts)
+            self.policy.record(slots, plan, drafts, launched)
             self.report = Report(self.wanted, self.policy.counts())
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
@@ -224,7 +224,7 @@ class DelSpeculator(DraftModelSpeculator):
             sampled=sampled,
             longest=self.num_speculative_steps if batch.num_draft_tokens else 0,
             num_tokens=batch.num_tokens,
-            context=batch.seq_lens[:num_rows],
+            contexts=int(batch.seq_lens_cpu_upper_bound[:num_rows].sum()),
             only_decodes=bool((batch.num_computed_prefill_tokens_np >= batch.prefill_len_np).all()),
             ended=[
                 (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1))

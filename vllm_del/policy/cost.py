@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+Times = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class MeasuredCosts:
@@ -59,7 +61,7 @@ class MeasuredCosts:
                 or list(where) != sorted(set(where))
             ):
                 raise ValueError(f"{places}={where} does not ascend from 1")
-            if len(tables[name]) != len(where) or not all(type(n) is float and n >= 0 for n in tables[name]):
+            if len(tables[name]) != len(where) or not all(type(n) is float and n > 0 for n in tables[name]):
                 raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
         scalars = ("step", "layer_context", "verify_context", "token_context")
         if wrong := [name for name in scalars if type(getattr(costs, name)) is not float or getattr(costs, name) < 0]:
@@ -67,7 +69,7 @@ class MeasuredCosts:
         return costs
 
 
-def split_steps(shallow: Sequence[float], deep: Sequence[float], exits: Sequence[int]) -> tuple[float, list[float]]:
+def split_steps(shallow: Times, deep: Times, exits: Sequence[int]) -> tuple[float, list[float]]:
     """The fixed part of draft steps and what one layer adds, by rows, of steps to the first of `exits` and to the last.
 
     The fixed part is one number: a difference of two close times is mostly noise, and its median less so. The layers
@@ -78,8 +80,18 @@ def split_steps(shallow: Sequence[float], deep: Sequence[float], exits: Sequence
     if first == last:
         return 0.0, (long / last).tolist()
     fixed = np.median(short - first * (long - short) / (last - first))
-    step = float(np.clip(fixed, 0.0, long[0]))
+    # At least a tenth of a step is its layers, whatever was measured: without any the deepest exit would look free.
+    step = float(np.clip(fixed, 0.0, 0.9 * long[0]))
     return step, ((long - step) / last).tolist()
+
+
+@dataclass
+class Correction:
+    """What the clock says of the tables while serving: factors of what is in them."""
+
+    # of draft steps, and of all else in a round: its verification, and with it scheduling, sampling and output
+    draft: float = 1.0
+    verify: float = 1.0
 
 
 SHADOW_ROWS = 512
@@ -107,14 +119,29 @@ class CostTables:
         self.layer = table(measured.rows, measured.layer, max_rows)
         self.head = table(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         # [tokens + 1]
-        self.context, self.layer_context = measured.context, measured.layer_context
+        self.context = measured.context
+        # No more than there is in the table: a difference of noisy times may say so.
+        of_layers = min(seconds / rows for rows, seconds in zip(measured.rows, measured.layer, strict=True))
+        self.layer_context = min(measured.layer_context, 0.9 * of_layers / max(1, measured.context))
         self.verify_context, self.token_context = measured.verify_context, measured.token_context
         of_context = measured.verify_context * measured.context / measured.verify_each
         verify = [max(0.0, v - of_context * n) for n, v in zip(measured.tokens, measured.verify, strict=True)]
         self.verify = table(measured.tokens, verify, max_rows * (max_length + 1))
         # For the host, which must not wait for the device to know them.
+        self._layer_seconds = _dense(measured.rows, measured.layer, max_rows)
         self._head_seconds = _dense(measured.head_rows, measured.head, max(max_rows, SHADOW_ROWS))
         self._verify_seconds = _dense(measured.tokens, verify, max_rows * (max_length + 1))
+
+    def draft_seconds(self, rows: int, depth: int, contexts: float) -> float:
+        """Seconds of a draft step through `depth` layers, of rows whose context lengths add up to `contexts`."""
+        rows = min(rows, len(self._layer_seconds) - 1)
+        layer = self._layer_seconds[rows] + self.layer_context * (contexts - rows * self.context)
+        return float(self.measured.step + depth * layer + self._head_seconds[rows])
+
+    def round_seconds(self, rows: int, tokens: int, contexts: float) -> float:
+        """Seconds of a verification of `tokens`, drafts and the last token of each of the rows."""
+        of_drafts = self.token_context * (tokens - rows) * (contexts / rows - self.context)
+        return self.verify_seconds(tokens, contexts) + of_drafts
 
     def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
         """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.
@@ -142,7 +169,7 @@ def _dense(places: Sequence[int], values: Sequence[float], most: int) -> np.ndar
     return dense
 
 
-def _steady(seconds: Sequence[float] | np.ndarray) -> np.ndarray:
+def _steady(seconds: Times) -> np.ndarray:
     """Times of growing work, as they would be without what else the machine did.
 
     That only ever adds to a measured time: what more work was done in, less is done in too. And more work must not look

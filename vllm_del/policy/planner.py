@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_del.policy.cost import CostTables
+from vllm_del.policy.cost import Correction, CostTables
 from vllm_del.policy.objective import expected_tokens
 
 HYSTERESIS = 0.02
@@ -49,8 +49,8 @@ class Planner:
         # [rows + 1, exits], and what a token adds to the verification if all rows draft as many, [rows + 1, longest].
         self._shared, self._per_row = self._step_costs()
         self._per_token = self._token_costs()
-        # What a round costs beside its forward passes, seconds: scheduling, sampling, output. Known while serving only.
-        self.overhead = torch.zeros((), dtype=torch.float64, device=depths.device)
+        # Known while serving only.
+        self.correction = Correction()
         self._price = torch.zeros((), dtype=torch.float64, device=depths.device)
         self._num_rows = 0
         # [exits, longest]: the last plan's shape, its deepest exit and longest draft
@@ -67,8 +67,12 @@ class Planner:
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
         lengths, costs, num_rows = self.lengths, self.costs, len(limit)
+        # Times here are those of the tables where all else is as they say: a machine that is slow in everything
+        # changes no plan.
+        slower = self.correction.draft / self.correction.verify
+        shared, per_row = slower * self._shared[num_rows], slower * self._per_row[num_rows]
         longer = (context - costs.context).double()
-        verify = costs.verify[num_rows] + costs.verify_context * context.sum() + self.overhead
+        verify = costs.verify[num_rows] + costs.verify_context * context.sum()
         # Another number of rows has another goodput: begin with that of not drafting.
         price = self._price if num_rows == self._num_rows else num_rows / verify
         # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
@@ -76,8 +80,9 @@ class Planner:
         gain = gain.masked_fill(lengths > limit[:, None, None], -torch.inf)
         # What a row's drafts cost: each for its context, [rows, exits], and all beside that and what the batch shares,
         # [exits, length, longest]
-        of_context = longer.unsqueeze(1) * (self.depths * costs.layer_context + costs.token_context)
-        row_cost = lengths[:, None] * (self._per_row[num_rows][:, None, None] + self._per_token[num_rows])
+        layers_context = self.depths * (slower * costs.layer_context)
+        of_context = longer.unsqueeze(1) * (layers_context + costs.token_context)
+        row_cost = lengths[:, None] * (per_row[:, None, None] + self._per_token[num_rows])
         row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
 
         # [rows, exits, longest]: the best of each row at each exit, and then at any exit up to that one
@@ -85,7 +90,7 @@ class Planner:
         value, length = (net.unsqueeze(-1) - price * row_cost).max(2)
         best, exit = value.cummax(1)
         # [exits, longest]: the batch's, with what it shares
-        total = best.sum(0) - price * lengths * self._shared[num_rows][:, None]
+        total = best.sum(0) - price * lengths * shared[:, None]
         # [1] all: indices that stay on the device
         shape = self._choose(total, price * verify)
         deepest, longest = shape // len(lengths), shape % len(lengths)
@@ -93,9 +98,9 @@ class Planner:
         row_length = length.flatten(1).gather(1, row_exit * len(lengths) + longest).squeeze(1)
         row_exit = row_exit.squeeze(1)
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
-        step = self._shared[num_rows].index_select(0, deepest) / num_rows + self._per_row[num_rows][row_exit]
+        step = shared.index_select(0, deepest) / num_rows + per_row[row_exit]
         worth = price * (step + self._per_token[num_rows].index_select(0, longest) + of_row_context)
-        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context)
+        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context, slower)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
         self._num_rows = num_rows
@@ -133,6 +138,7 @@ class Planner:
         worth: torch.Tensor,
         verify: torch.Tensor,
         of_context: torch.Tensor,
+        slower: float,
     ) -> Decision:
         """What the plan yields and costs, by the tables and without the split into shared and per row."""
         costs, num_rows = self.costs, len(exit)
@@ -143,7 +149,7 @@ class Planner:
         rows = drafting.sum(0)
         depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
-        draft_time = steps.sum() + (length * of_context).sum()
+        draft_time = slower * steps.sum() + (length * of_context).sum()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
         of_drafts = verify_drafts - costs.verify[num_rows]
         return Decision(exit, length, worth, tokens, draft_time, verify + of_drafts)

@@ -1,0 +1,162 @@
+"""What the clock says of rounds corrects the tables, where the host sees what the device does."""
+
+from dataclasses import astuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.draft.test_pace import verified
+from vllm_del.draft import clock
+from vllm_del.draft.clock import AGAIN, LAST, Stopwatch
+from vllm_del.draft.decide import DynamicPolicy
+from vllm_del.draft.loop import Drafts, Launched
+from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
+from vllm_del.policy.planner import Planner
+
+CPU = torch.device("cpu")
+DEPTHS, ROWS, LENGTH = [2, 4], 4, 4
+SLOTS = torch.arange(ROWS)
+# In seconds; contexts of 100 tokens in the mean, 60 more than the tables have in them.
+COSTS = CostTables(
+    MeasuredCosts(
+        step=0.25,
+        rows=(1, 4),
+        layer=(1.0, 1.0),
+        head_rows=(1, 4),
+        head=(0.75, 0.75),
+        tokens=(1, 4, 20),
+        verify=(16.0, 16.0, 24.0),
+        context=40,
+        layer_context=0.001,
+        verify_context=0.01,
+        token_context=0.005,
+    ),
+    ROWS,
+    LENGTH,
+    CPU,
+)
+CONTEXTS = 100 * ROWS
+# Two steps of all rows through four layers.
+STEPS = [(ROWS, 1), (ROWS, 1)]
+DRAFTING = 2 * (0.25 + 4 * (1.0 + 0.001 * 60 * ROWS) + 0.75)
+# The four last tokens, and eight drafts with them.
+ALONE = 16.0 - 0.01 * 40 * 4 + 0.01 * CONTEXTS
+WITH_DRAFTS = 16.0 + 8.0 * 8 / 16 - 0.01 * 40 * 12 + 0.01 * CONTEXTS + 0.005 * 60 * 8
+
+
+class Machine:
+    """On which draft steps take `draft` times what the tables say, and all else `verify` times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.truth = Correction()
+        monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def round(self, stopwatch: Stopwatch, steps: list[tuple[int, int]], only_decodes: bool = True):
+        """What was expected of a round, and what it took."""
+        seconds = self.truth.draft * (DRAFTING if steps else 0.0)
+        stopwatch.drafted(SLOTS, Launched(steps, seconds))
+        self.now += seconds + self.truth.verify * (WITH_DRAFTS if steps else ALONE)
+        return stopwatch.verified(SLOTS, ROWS + ROWS * len(steps), CONTEXTS, only_decodes)
+
+
+def near(truth: Correction) -> Correction:
+    return Correction(*(pytest.approx(value) for value in astuple(truth)))
+
+
+@pytest.mark.parametrize("truth", [Correction(1.5, 1.2), Correction(0.7, 0.8), Correction(2.0, 1.0)])
+def test_a_machine_is_learnt_and_forgotten(monkeypatch: pytest.MonkeyPatch, truth: Correction) -> None:
+    machine = Machine(monkeypatch)
+    stopwatch = Stopwatch(COSTS, DEPTHS, learns=True)
+    machine.round(stopwatch, [])  # before which there was none
+    for machine.truth in (Correction(), truth, Correction()):
+        for _ in range(LAST):
+            expected, took = machine.round(stopwatch, STEPS)
+        assert expected == pytest.approx(took)
+        assert stopwatch.correction == near(machine.truth)
+    expected, took = machine.round(stopwatch, [])
+    assert expected == pytest.approx(took) == pytest.approx(ALONE)
+
+
+def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first rounds either."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    for place in range(60):
+        machine.truth = Correction(100.0, 100.0) if place % 5 < 2 else Correction()
+        machine.round(stopwatch, STEPS)
+        assert stopwatch.correction == near(Correction())
+
+
+def test_what_was_learnt_of_drafts_is_forgotten_where_nothing_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    machine.truth = Correction(3.0, 1.2)
+    for _ in range(1 + LAST):
+        machine.round(stopwatch, STEPS)
+    rounds = 0
+    while stopwatch.correction.draft > 2:
+        assert stopwatch.correction == near(machine.truth)
+        machine.round(stopwatch, [])
+        rounds += 1
+    assert stopwatch.correction == near(Correction(1.2, 1.2))
+    assert rounds == AGAIN * (LAST // 2 + 1)
+
+
+def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    machine.truth = Correction(9.0, 9.0)
+    for _ in range(9):
+        assert machine.round(stopwatch, STEPS, only_decodes=False) is None
+        # Nor the one that began with it, whose rows did not all draft.
+        assert machine.round(stopwatch, STEPS) is None
+        stopwatch.drafted(torch.arange(ROWS), Launched(STEPS, 99.0))
+        assert stopwatch.verified(SLOTS, 12, CONTEXTS, only_decodes=True) is None
+        assert stopwatch.verified(SLOTS, 12, CONTEXTS, only_decodes=True) is None
+    assert stopwatch.correction == Correction()
+
+
+def test_ranks_that_have_to_agree_are_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a host that only launches."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=False)
+    machine.truth = Correction(1.5, 1.2)
+    for _ in range(12):
+        found = machine.round(stopwatch, STEPS)
+    assert stopwatch.correction == Correction()
+    assert found == pytest.approx((DRAFTING + WITH_DRAFTS, 1.5 * DRAFTING + 1.2 * WITH_DRAFTS))
+
+
+def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a closed loop: the policy drafts by what it learns from what it drafts."""
+    machine = Machine(monkeypatch)
+    stopwatch, planner = Stopwatch(COSTS, DEPTHS, learns=True), Planner(torch.tensor(DEPTHS), COSTS, LENGTH)
+    shadow = ShadowScorer(lambda states: states, lambda states: (states, states), COSTS, 0.0, CPU)  # type: ignore[arg-type]
+    policy = DynamicPolicy(DEPTHS, 8, LENGTH, ROWS, shadow, planner, CPU, True, stopwatch)
+    monkeypatch.setattr(policy.statistics, "estimate", lambda slots: torch.full((ROWS, 2), 0.8, dtype=torch.float64))
+    limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 100)
+
+    def drafted_in(rounds: int) -> float:
+        """The share of rounds that drafted."""
+        drafting = 0
+        for _ in range(rounds):
+            plan = policy.plan(SLOTS, limit, context)
+            steps = [(ROWS, plan.deepest)] * int(plan.length.max())
+            drafting += bool(steps)
+            tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+            tokens[:, len(steps) :] = -1
+            seconds = machine.truth.draft * sum(COSTS.draft_seconds(r, DEPTHS[e], CONTEXTS) for r, e in steps)
+            policy.record(SLOTS, plan, Drafts(tokens, torch.ones(ROWS, LENGTH)), Launched(steps, seconds))
+            outcome = verified()
+            outcome.num_tokens, outcome.contexts = ROWS * (1 + len(steps)), CONTEXTS
+            tabled = COSTS.round_seconds(ROWS, outcome.num_tokens, CONTEXTS)
+            machine.now += seconds + machine.truth.verify * tabled
+            policy.observe(SLOTS, outcome)
+        return drafting / rounds
+
+    assert drafted_in(200) > 0.9
+    machine.truth = Correction(4.0, 1.0)
+    drafted_in(40)
+    assert 0 < drafted_in(4000) < 0.2
+    machine.truth = Correction()
+    drafted_in(200)
+    assert drafted_in(200) > 0.9
