@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from vllm_del.draft.outcome import Drafted, Outcome
 from vllm_del.draft.tally import FLUSH_ROUNDS, Tally
 
 EXITS, LONGEST = 3, 4
@@ -18,9 +19,10 @@ def test_sums_are_those_of_the_rounds() -> None:
             drafted = rng.randint(0, LONGEST)
             batch.append((rng.randrange(EXITS), drafted, rng.randint(0, drafted), rng.random(), rng.random() < 0.8))
         rows += batch
-        exit, drafted, accepted, expected, allowed = (torch.tensor(column) for column in zip(*batch, strict=True))
+        exit, length, accepted, expected, allowed = (torch.tensor(column) for column in zip(*batch, strict=True))
         assert not tally.is_due
-        tally.add(exit, drafted, accepted, expected, allowed)
+        drafted = Drafted(exit, length, expected, allowed, torch.empty(0))
+        tally.add(Outcome(drafted, length, accepted, torch.ones_like(allowed)))
         tally.add_time(0.5, 0.75)
     assert tally.is_due
     counts = tally.counts(tally.flush().tolist())

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy.oracle import Oracle
@@ -83,17 +83,18 @@ def observe(
                 confidence[row, at] = torch.tensor([value for _, value in position])
                 there[row, at] = True
     there[:, PROMPT:] &= kept_positions(torch.tensor(accepted), width)
-    statistics.observe(slots, matched, confidence, there.unsqueeze(-1).expand_as(matched))
+    values = matched, confidence, there.unsqueeze(-1).expand_as(matched)
+    statistics.observe(slots, *(value.unsqueeze(0) for value in values))
 
 
 class TestSlots:
     def one(self, statistics: AcceptanceStatistics, slot: int, match: bool, confidence: float = 0.5) -> None:
-        shape = (1, 1, 2)
+        shape = (1, 1, 1, 2)
         statistics.observe(
             torch.tensor([slot]),
             torch.full(shape, match),
             torch.full(shape, confidence),
-            torch.tensor([[[True, False]]]),
+            torch.tensor([[[[True, False]]]]),
         )
 
     def test_unknown_is_nan_and_stops_nothing(self) -> None:
@@ -120,11 +121,31 @@ class TestSlots:
 
     def test_an_exit_that_is_not_scored_keeps_its_memory(self) -> None:
         statistics = AcceptanceStatistics(1, 2, torch.device("cpu"), decay=0.5)
-        slot, shape = torch.tensor([0]), (1, 1, 2)
+        slot, shape = torch.tensor([0]), (1, 1, 1, 2)
         yes = torch.ones(shape, dtype=torch.bool)
         statistics.observe(slot, yes, torch.ones(shape), yes)
         self.one(statistics, 0, False)  # of the first exit only
         assert statistics.acceptance(slot)[0].tolist() == pytest.approx([0.5 / 1.5, 1.0])
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_several_rounds_at_once_are_as_one_after_the_other(data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    shape = tuple(data.draw(st.integers(1, most)) for most in (5, 3, 3, 3))
+    matched, scored = (torch.rand(shape, generator=generator) < 0.5 for _ in range(2))
+    confidence = torch.rand(shape, generator=generator).masked_fill(~scored, math.nan)
+    slots = torch.randperm(4, generator=generator)[: shape[1]]
+    at_once, one_by_one = (AcceptanceStatistics(4, shape[3], torch.device("cpu")) for _ in range(2))
+    for statistics in (at_once, one_by_one):
+        statistics.observe(
+            slots, *(torch.ones(1, *shape[1:], dtype=kind) for kind in (torch.bool, torch.float, torch.bool))
+        )
+    at_once.observe(slots, matched, confidence, scored)
+    for place in range(shape[0]):
+        one_by_one.observe(slots, *(values[place : place + 1] for values in (matched, confidence, scored)))
+    for name in ("_counts", "_confidence", "_squares", "_pool"):
+        torch.testing.assert_close(getattr(at_once, name), getattr(one_by_one, name))
 
 
 class TestEstimate:
@@ -135,7 +156,7 @@ class TestEstimate:
     def test_a_new_sequence_starts_from_the_mean_of_all(self) -> None:
         statistics = AcceptanceStatistics(2, 1, torch.device("cpu"), decay=1.0)
         for match in [True] * 9 + [False]:
-            shape = (1, 1, 1)
+            shape = (1, 1, 1, 1)
             yes = torch.ones(shape, dtype=torch.bool)
             statistics.observe(torch.tensor([0]), yes & match, torch.ones(shape), yes)
         seen, new = statistics.estimate(torch.tensor([0, 1]))[:, 0].tolist()
@@ -161,7 +182,7 @@ def test_confidence_of_a_chance_is_on_the_least_squares_line() -> None:
     confidence = rng.uniform(0.1, 1.0, 60)
     matched = rng.random(60) < confidence
     for c, m in zip(confidence, matched, strict=True):
-        values = torch.tensor([[[m]]]), torch.tensor([[[c]]]), torch.ones(1, 1, 1, dtype=torch.bool)
+        values = torch.tensor([[[[m]]]]), torch.tensor([[[[c]]]]), torch.ones(1, 1, 1, 1, dtype=torch.bool)
         statistics.observe(torch.tensor([1]), *values)
     slope, intercept = np.polyfit(confidence, matched, 1)
     for chance in (0.2, 0.6, 0.9):

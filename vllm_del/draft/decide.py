@@ -11,10 +11,11 @@ import torch
 
 from vllm_del.draft.clock import Late, Pace, Stopwatch
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched, Plan
+from vllm_del.draft.outcome import Drafted, LastDrafts, Outcome, matches
 from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.upload import upload
-from vllm_del.policy.acceptance import AcceptanceStatistics, kept_positions
+from vllm_del.policy.acceptance import AcceptanceStatistics
 from vllm_del.policy.objective import best_by_tokens_per_layer
 from vllm_del.policy.planner import Planner
 
@@ -107,13 +108,12 @@ class DynamicPolicy:
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
         self._each_exit = torch.arange(len(exits), device=device)
-        # What was drafted last for each slot: [slots], [slots], [slots, max length]
-        self._exit = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._length = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._confidence = torch.zeros(num_slots, max_length, device=device)
-        # What was expected of it, and whether it might have been longer than 0: [slots] each
-        self._expected = torch.zeros(num_slots, dtype=torch.float64, device=device)
-        self._allowed = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self._last = LastDrafts(num_slots, max_length, device)
+        # What the statistics do not know yet: of the sequences in these slots
+        self._outcomes: list[Outcome] = []
+        self._outcomes_of = torch.empty(0, dtype=torch.int64)
+        # Of the plan of this round, [rows] each: the acceptance rate expected, and whether a row may draft
+        self._expected = self._allowed = torch.empty(0)
         self._tally = Tally(len(exits), max_length)
         self._late_counts = Late(first=None)
         # If set, a choice serves several rounds of the same sequences: the one that does, and its age in rounds
@@ -124,11 +124,6 @@ class DynamicPolicy:
         # Whether the last round drafted, as far as the host knows
         self._drafts = True
 
-    def _forget(self, slots: torch.Tensor) -> None:
-        self.statistics.reset(slots)
-        self._length.index_fill_(0, slots, 0)
-        self._allowed.index_fill_(0, slots, False)
-
     def counts(self) -> Counts | None:
         """What happened since last time, if it is time to tell."""
         if not self._tally.is_due:
@@ -138,10 +133,23 @@ class DynamicPolicy:
         return self._tally.counts(known) if known else None
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
-        """Learn from a verification."""
+        """Learn from a verification, now or together with later ones."""
+        if self._outcomes and slots is not self._outcomes_of:
+            matched, confidence, scored, _ = matches(self._outcomes, len(self._each_exit))
+            self.statistics.observe(self._outcomes_of, matched, confidence, scored)
+            self._outcomes.clear()
         if verified.fresh:
-            self._forget(slots[upload(verified.fresh, slots.device)])
-        self._count(slots, verified)
+            fresh = slots[upload(verified.fresh, slots.device)]
+            self.statistics.reset(fresh)
+            self._last.forget(fresh)
+        outcome = Outcome(self._last.of(slots), verified.drafted, verified.accepted, verified.sampled)
+        self._outcomes_of = slots
+        self._outcomes.append(outcome)
+        self._tally.add(outcome)
+        if self._stopwatch:
+            seconds = self._stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
+            if seconds is not None:
+                self._tally.add_time(*seconds)
         self._shadow.earn(verified.num_tokens, self._drafts)
         self._age += 1
         of_these = self._choice is not None and self._choice.slots is slots and verified.only_decodes
@@ -150,45 +158,41 @@ class DynamicPolicy:
         self._choice = None
         if verified.ended:
             self._observe_prompts(slots, verified)
-        steps = torch.arange(verified.longest + 1, device=slots.device)
-        accepted = verified.accepted.unsqueeze(1)
-        kept = kept_positions(verified.accepted, len(steps)) & verified.sampled.unsqueeze(1)
-        # What the exit that drafted said is known: it was verified. [rows, positions, exits]
-        drafted = torch.minimum(verified.drafted, self._length[slots]).unsqueeze(1)
-        own = (kept & (steps < drafted)).unsqueeze(-1) & (self._exit[slots][:, None, None] == self._each_exit)
-        matched = own & (steps < accepted).unsqueeze(-1)
-        width = min(verified.longest, self.max_length)
-        confidence = torch.zeros(own.shape, device=slots.device)
-        confidence[:, :width] = self._confidence[slots, :width].unsqueeze(-1)
-
-        wanted, scored = kept.unsqueeze(-1) & ~own, own
-        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel())
-        if number:
-            places = self._shadow.choose(wanted, number)
-            row, rest = places // (wanted.shape[1] * wanted.shape[2]), places % (wanted.shape[1] * wanted.shape[2])
-            step, exit = rest // wanted.shape[2], rest % wanted.shape[2]
-            # What is not wanted may lie anywhere.
-            last = verified.input_ids.shape[0] - 1
-            at = (verified.start[row] + step).clamp_max(last)
-            accepted_token = verified.input_ids[(at + 1).clamp_max(last)]
-            target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row])
-            token, probability = self._shadow.score(verified.states, at, exit)
-            # Where fewer are wanted than were chosen, the rest must not touch what was verified.
-            new = wanted.view(-1)[places]
-            matched.view(-1)[places] = torch.where(new, token == target, matched.view(-1)[places])
-            confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
-            scored.view(-1)[places] |= new
+        matched, confidence, scored, kept = matches(self._outcomes, len(self._each_exit))
+        self._outcomes.clear()
+        # The states of this round are there to ask the other exits.
+        self._ask(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
         self.statistics.observe(slots, matched, confidence, scored)
 
-    def _count(self, slots: torch.Tensor, verified: Verified) -> None:
-        drafted = torch.minimum(verified.drafted, self._length[slots])
-        accepted = torch.minimum(verified.accepted, drafted)
-        allowed = self._allowed[slots] & verified.sampled
-        self._tally.add(self._exit[slots], drafted, accepted, self._expected[slots], allowed)
-        if self._stopwatch:
-            seconds = self._stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
-            if seconds is not None:
-                self._tally.add_time(*seconds)
+    def _ask(
+        self,
+        verified: Verified,
+        # [rows, positions, exits] each: what is known, to be completed
+        matched: torch.Tensor,
+        confidence: torch.Tensor,
+        scored: torch.Tensor,
+        # [rows, positions] bool
+        kept: torch.Tensor,
+    ) -> None:
+        """Ask exits that did not draft what they would have said, as far as the budget goes."""
+        wanted = kept.unsqueeze(-1) & ~scored
+        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel())
+        if not number:
+            return
+        places = self._shadow.choose(wanted, number)
+        row, rest = places // (wanted.shape[1] * wanted.shape[2]), places % (wanted.shape[1] * wanted.shape[2])
+        step, exit = rest // wanted.shape[2], rest % wanted.shape[2]
+        # What is not wanted may lie anywhere.
+        last = verified.input_ids.shape[0] - 1
+        at = (verified.start[row] + step).clamp_max(last)
+        accepted_token = verified.input_ids[(at + 1).clamp_max(last)]
+        target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row])
+        token, probability = self._shadow.score(verified.states, at, exit)
+        # Where fewer are wanted than were chosen, the rest must not touch what was verified.
+        new = wanted.view(-1)[places]
+        matched.view(-1)[places] = torch.where(new, token == target, matched.view(-1)[places])
+        confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
+        scored.view(-1)[places] |= new
 
     def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
@@ -211,7 +215,8 @@ class DynamicPolicy:
         matched[row, back - 1] = token[:, :-1] == token[:, -1:]
         confidence[row, back - 1] = probability[:, :-1]
         scored[row, back - 1] = True
-        self.statistics.observe(slots, matched, confidence, scored)
+        # A round of its own, before those of the drafts.
+        self.statistics.observe(slots, *(values.unsqueeze(0) for values in (matched, confidence, scored)))
 
     def plan(
         self,
@@ -235,8 +240,7 @@ class DynamicPolicy:
             values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (choice.stop_below, choice.acceptance)
         )
         self._drafts = longest > 0
-        self._allowed[slots] = limit > 0
-        self._expected[slots] = expected.nan_to_num()
+        self._expected, self._allowed = expected.nan_to_num(), limit > 0
         return Plan(exit, length, stop_below, deepest, longest)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
@@ -256,9 +260,10 @@ class DynamicPolicy:
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
         """Rows beyond those of `slots` are padding."""
-        num_rows, width = len(slots), drafts.confidence.shape[1]
-        self._exit[slots] = plan.exit[:num_rows]
-        self._length[slots] = (drafts.tokens[:num_rows] != NO_TOKEN).sum(1)
-        self._confidence[slots, :width] = drafts.confidence[:num_rows]
+        exit, tokens = plan.exit[: len(slots)], drafts.tokens[: len(slots)]
+        # The runner's own tensor is written again in the next round.
+        confidence = drafts.confidence[: len(slots)].clone()
+        length = (tokens != NO_TOKEN).sum(1)
+        self._last.keep(slots, Drafted(exit, length, self._expected, self._allowed, confidence))
         if self._stopwatch:
             self._stopwatch.drafted(slots, launched)

@@ -1,12 +1,14 @@
 """Counts what a policy drafted and what came of it, for those who watch the server.
 
-A round costs one small tensor operation; what is counted is added up every few rounds.
+A round costs no tensor operation; what is counted is added up every few rounds.
 """
 
 import time
 from dataclasses import dataclass
 
 import torch
+
+from vllm_del.draft.outcome import Outcome
 
 FLUSH_ROUNDS = 8
 FLUSH_SECONDS = 0.1
@@ -35,22 +37,13 @@ class Tally:
     def __init__(self, num_exits: int, max_length: int) -> None:
         self._num_exits = num_exits
         self._max_length = max_length
-        self._rounds: list[torch.Tensor] = []
+        self._rounds: list[Outcome] = []
         self._seconds = (0.0, 0.0)
         self._begun = time.perf_counter()
 
-    def add(
-        self,
-        # [rows]: an index into the exits, tokens drafted and of these the accepted, the acceptance rate that was
-        # expected, and whether the row might have drafted
-        exit: torch.Tensor,
-        drafted: torch.Tensor,
-        accepted: torch.Tensor,
-        expected: torch.Tensor,
-        allowed: torch.Tensor,
-    ) -> None:
-        """A round's outcome."""
-        self._rounds.append(torch.stack([values.double() for values in (exit, drafted, accepted, expected, allowed)]))
+    def add(self, outcome: Outcome) -> None:
+        """What came of a round."""
+        self._rounds.append(outcome)
 
     def add_time(self, planned: float, measured: float) -> None:
         """Seconds of a round from its begin to the next one's: as expected, and by the clock."""
@@ -64,13 +57,19 @@ class Tally:
 
     def flush(self) -> torch.Tensor:
         """All that was added, summed: a vector for `counts`. Begins anew."""
-        exit, drafted, accepted, expected, allowed = torch.cat(self._rounds, dim=1)
+        exit = torch.cat([of.drafted.exit for of in self._rounds])
+        length = torch.cat([of.drafted.length for of in self._rounds])
+        expected = torch.cat([of.drafted.expected for of in self._rounds])
+        allowed = torch.cat([of.drafted.allowed & of.sampled for of in self._rounds]).double()
+        drafted = torch.minimum(length, torch.cat([of.verified for of in self._rounds]))
+        accepted = torch.minimum(drafted, torch.cat([of.accepted for of in self._rounds]))
         tried = accepted + (accepted < drafted)
+        counted = torch.stack((drafted, accepted, tried, expected * tried)).double()
         by_exit = torch.zeros(4, self._num_exits, dtype=torch.float64, device=exit.device)
-        by_exit.index_add_(1, exit.long(), torch.stack((drafted, accepted, tried, expected * tried)))
+        by_exit.index_add_(1, exit, counted)
         lengths = torch.zeros(self._max_length + 1, dtype=torch.float64, device=exit.device)
-        lengths.index_add_(0, drafted.long(), allowed)
-        times = torch.stack([exit.new_full((), seconds) for seconds in self._seconds])
+        lengths.index_add_(0, drafted, allowed)
+        times = torch.stack([lengths.new_full((), seconds) for seconds in self._seconds])
         self._rounds, self._seconds = [], (0.0, 0.0)
         self._begun = time.perf_counter()
         return torch.cat((by_exit.flatten(), lengths, times))

@@ -48,14 +48,14 @@ class AcceptanceStatistics:
         self,
         # [rows] int64, no slot twice
         slots: torch.Tensor,
-        # [rows, positions, exits] bool
+        # [rounds, rows, positions, exits] bool, the last round last
         matched: torch.Tensor,
-        # [rows, positions, exits] float: the probability of the shadow token; anything where not scored
+        # [rounds, rows, positions, exits] float: the probability of the shadow token; anything where not scored
         confidence: torch.Tensor,
-        # [rows, positions, exits] bool: which were scored, of the positions that count
+        # [rounds, rows, positions, exits] bool: which were scored, of the positions that count
         scored: torch.Tensor,
     ) -> None:
-        """Add a round, and let those before it fade.
+        """Add rounds, and let those before them fade.
 
         Positions past a sequence's first rejected draft do not count (`kept_positions`): they follow a text that the
         target did not take. An exit of which nothing was scored keeps what it has: where not every exit is scored in
@@ -64,14 +64,27 @@ class AcceptanceStatistics:
         outcome = torch.stack((scored & matched, scored & ~matched), dim=-1)
         # Selected, not multiplied: what was not scored may hold anything, NaN included.
         seen = torch.where(scored, confidence, 0).to(self._counts.dtype)
-        sums = torch.where(outcome, seen.unsqueeze(-1), 0).sum(1)
-        counts = outcome.sum(1)
-        kept = self.decay ** scored.any(1).to(self._counts.dtype).unsqueeze(-1)
-        self._counts[slots] = self._counts[slots] * kept + counts
-        self._confidence[slots] = self._confidence[slots] * kept + sums
-        self._squares[slots] = self._squares[slots] * kept.squeeze(-1) + seen.square().sum(1)
+        # [rounds, rows, exits, 2] twice, and [rounds, rows, exits]
+        counts, sums = outcome.sum(2), torch.where(outcome, seen.unsqueeze(-1), 0).sum(2)
+        in_round = scored.any(2)
+        kept, weight = self._fading(in_round)
+        self._counts[slots] = self._counts[slots] * kept.unsqueeze(-1) + (counts * weight.unsqueeze(-1)).sum(0)
+        self._confidence[slots] = self._confidence[slots] * kept.unsqueeze(-1) + (sums * weight.unsqueeze(-1)).sum(0)
+        self._squares[slots] = self._squares[slots] * kept + (seen.square().sum(2) * weight).sum(0)
         # As many rounds of memory for all sequences together as for each one.
-        self._pool.mul_(self.decay ** scored.any(1).any(0).unsqueeze(-1).to(self._pool.dtype)).add_(counts.sum(0))
+        kept, weight = self._fading(in_round.any(1))
+        self._pool.mul_(kept.unsqueeze(-1)).add_((counts.sum(1) * weight.unsqueeze(-1)).sum(0))
+
+    def _fading(
+        self,
+        # [rounds, ...] bool: whether anything was scored in a round
+        scored: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left of what was before these rounds, [...], and of each of them, [rounds, ...]: float64."""
+        since = scored.flip(0).cumsum(0).flip(0)
+        faded = self.decay ** since.to(self._counts.dtype)
+        # A round does not fade by itself.
+        return faded[0], faded / self.decay
 
     def take_totals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts and sums of confidence over all slots, [exits, 2] float64 each, matches first; all slots are reset."""
