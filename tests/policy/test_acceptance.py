@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy.oracle import Oracle
-from vllm_del.policy.acceptance import PRIOR_COUNT, AcceptanceStatistics, kept_positions
+from vllm_del.policy.acceptance import PRIOR_COUNT, AcceptanceStatistics, kept_positions, rising
 from vllm_del.policy.objective import best_by_tokens_per_layer
 
 TRACES = 1000
@@ -173,6 +173,26 @@ class TestEstimate:
         assert min(rate) - 1e-9 <= min(estimate) <= max(estimate) <= max(rate) + 1e-9
         if rate == sorted(rate):
             assert estimate == pytest.approx(rate)
+
+    def test_what_was_seen_often_gives_way_little_to_what_was_seen_rarely(self) -> None:
+        statistics = AcceptanceStatistics(1, 2, torch.device("cpu"))
+        statistics._counts[0] = torch.tensor([[90, 10], [3, 3]])
+        first, second = statistics.estimate(torch.tensor([0]))[0].tolist()
+        assert first == second == pytest.approx((93 + 2 * PRIOR_COUNT * 0.5) / (106 + 2 * PRIOR_COUNT))
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20)), min_size=1, max_size=7))
+def test_rising_means_are_those_of_pooled_neighbours(seen: list[tuple[float, int]]) -> None:
+    """The textbook's way: as long as one is above the next, both become their mean."""
+    blocks: list[tuple[float, int, int]] = []
+    for rate, count in seen:
+        blocks.append((rate, count, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (left, n, size), (right, m, more) = blocks[-2:]
+            blocks[-2:] = [((left * n + right * m) / (n + m), n + m, size + more)]
+    expected = [rate for rate, _, size in blocks for _ in range(size)]
+    rates, counts = torch.tensor(seen, dtype=torch.float64).T.unsqueeze(1)
+    assert rising(rates * counts, counts)[0].tolist() == pytest.approx(expected, abs=1e-9)
 
 
 def test_confidence_of_a_chance_is_on_the_least_squares_line() -> None:

@@ -141,6 +141,17 @@ def test_a_long_context_makes_drafts_dear() -> None:
     assert decision.length.tolist() == [LENGTH, 0]
 
 
+def test_a_draft_is_worth_its_own_time_and_its_share() -> None:
+    tables = costs(layer=1.0, layer_row=0.1, head=1.0, token=0.4)
+    planner = Planner(torch.tensor(DEPTHS), tables, LENGTH)
+    decision = settled(planner, torch.full((ROWS, 2), 0.9, dtype=torch.float64), torch.full((ROWS,), LENGTH))
+    assert decision.exit.tolist() == [0] * ROWS
+    price = decision.tokens / (decision.draft_time + decision.verify_time)
+    itself, with_share = decision.worth / price
+    assert itself.tolist() == pytest.approx([DEPTHS[0] * 0.1 + 0.4] * ROWS)
+    assert with_share.sum().item() == pytest.approx(0.1 + DEPTHS[0] * (1.0 + 0.1 * ROWS) + 1.0 + 0.4 * ROWS)
+
+
 def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
     """Noise of a percent around the rate at which drafting begins to pay does not switch it on and off."""
     tables = costs(layer=1.0, layer_row=0.0, head=1.0, token=0.2)

@@ -59,8 +59,9 @@ class Choice:
     slots: torch.Tensor
     exit: torch.Tensor
     length: torch.Tensor
-    # [rows, exits] float64: a draft less probable than this is the last one, and what acceptance is expected
+    # [2, rows, exits] float64: as `Plan` has it of one exit
     stop_below: torch.Tensor
+    # [rows, exits] float64: what acceptance is expected
     acceptance: torch.Tensor
 
 
@@ -71,7 +72,7 @@ class FixedPolicy:
         self.max_length = max_length
 
     def plan(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> Plan:
-        never = torch.full(limit.shape, torch.nan, device=limit.device)
+        never = torch.full((2, len(limit)), torch.nan, device=limit.device)
         return Plan(torch.zeros_like(limit), limit, never, deepest=0, longest=self.max_length)
 
 
@@ -236,15 +237,15 @@ class DynamicPolicy:
         else:
             (deepest, longest), _ = self._bounds.exchange(wanted)
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
-        stop_below, expected = (
-            values.gather(1, exit.unsqueeze(1)).squeeze(1) for values in (choice.stop_below, choice.acceptance)
-        )
+        stop_below = choice.stop_below.gather(2, exit[None, :, None].expand(2, -1, 1)).squeeze(2)
+        expected = choice.acceptance.gather(1, exit.unsqueeze(1)).squeeze(1)
         self._drafts = longest > 0
         self._expected, self._allowed = expected.nan_to_num(), limit > 0
         return Plan(exit, length, stop_below, deepest, longest)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
-        stop_below = self.statistics.stop_below(slots)
+        # [2, rows, exits]: both of the paper's. The batch does not stop for one.
+        stop_below = self.statistics.stop_below(slots).expand(2, -1, -1)
         if self.planner is None:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
@@ -254,7 +255,7 @@ class DynamicPolicy:
         decision = self.planner.plan(acceptance, limit, context)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
-        pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(1) / acceptance)
+        pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(2) / acceptance)
         stop_below = torch.minimum(stop_below, pays_above)
         return Choice(slots, decision.exit, decision.length, stop_below, acceptance)
 

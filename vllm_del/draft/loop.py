@@ -83,7 +83,8 @@ class Plan:
     exit: torch.Tensor
     # [rows] int64: drafts, 0 for none
     length: torch.Tensor
-    # [rows] float: a draft less probable than this is the row's last one; NaN for never
+    # [2, rows] float: a draft less probable than the first is the row's last one; and if those of all rows that would
+    # go on are less probable than the second, they are the last ones of the round. NaN for never
     stop_below: torch.Tensor
     # at least the largest of `exit` and of `length`
     deepest: int
@@ -93,7 +94,7 @@ class Plan:
     def uniform(cls, rows: int, exit: int, length: int, device: torch.device) -> "Plan":
         """The same for every row."""
         full = torch.full((rows,), exit, device=device), torch.full((rows,), length, device=device)
-        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length)
+        return cls(*full, torch.full((2, rows), torch.nan, device=device), exit, length)
 
     def take(
         self,
@@ -102,7 +103,7 @@ class Plan:
     ) -> "Plan":
         """The plan for some of the rows, where the host knows what is in it."""
         exit = self.exit[index]
-        return Plan(exit, self.length[index], self.stop_below[index], int(exit.max()), self.longest)
+        return Plan(exit, self.length[index], self.stop_below[:, index], int(exit.max()), self.longest)
 
     def padded(self, num_rows: int, deepest: int, longest: int) -> "Plan":
         """The same with more rows, which draft nothing, and with other bounds: the shape that other ranks run too."""
@@ -153,8 +154,11 @@ def draft(
     begun, steps = time.perf_counter(), []
     drafts.tokens.fill_(NO_TOKEN)
     place = torch.arange(rows.live.shape[0], device=rows.live.device)
+    sure = torch.ones_like(rows.live)
     for step in range(plan.longest):
         rows.live.logical_and_(plan.length > step)
+        if compact and not (rows.live & sure).any():
+            break
         advance_rows(
             rows.positions,
             rows.seq_lens,
@@ -177,7 +181,9 @@ def draft(
         drafts.tokens[place, step] = token.where(rows.live, NO_TOKEN)
         drafts.confidence[place, step] = confidence
         # Not `>=`, which a threshold of NaN would fail.
-        rows.live.logical_and_(~(confidence < plan.stop_below))
+        doubtful, doubtful_together = confidence < plan.stop_below
+        rows.live.logical_and_(~doubtful)
+        sure = ~doubtful_together
         rows.input_ids.copy_(token)
     return Launched(steps, time.perf_counter() - begun)
 

@@ -110,14 +110,12 @@ class AcceptanceStatistics:
         """The acceptance rate of each exit as the server knows it, [rows, exits] float64: never NaN.
 
         A sequence's own counts and, as if it had seen `PRIOR_COUNT` more, the mean over all sequences. Then as exits
-        go: a deeper one agrees with the target no less, and what says otherwise is noise, which is halved.
+        go: a deeper one agrees with the target no less, and what says otherwise is noise (isotonic regression, by the
+        counts).
         """
         counts = self._counts[slots]
         prior = self._pool[:, 0] / self._pool.sum(-1)
-        rate = (counts[..., 0] + PRIOR_COUNT * prior) / (counts.sum(-1) + PRIOR_COUNT)
-        at_least = rate.cummax(-1).values
-        at_most = rate.flip(-1).cummin(-1).values.flip(-1)
-        return (at_least + at_most) / 2
+        return rising(counts[..., 0] + PRIOR_COUNT * prior, counts.sum(-1) + PRIOR_COUNT)
 
     def stop_below(
         self,
@@ -135,10 +133,10 @@ class AcceptanceStatistics:
         self,
         # [rows] int64
         slots: torch.Tensor,
-        # [rows, exits] float64
+        # [..., rows, exits] float64
         chance: torch.Tensor,
     ) -> torch.Tensor:
-        """The confidence at which a token is accepted with `chance`, [rows, exits] float64.
+        """The confidence at which a token is accepted with `chance`, [..., rows, exits] float64.
 
         By a straight line through what was seen, of acceptance over confidence (least squares). `-inf` where that says
         that there is none such: where higher confidence does not mean better chances, or where little was seen.
@@ -150,6 +148,24 @@ class AcceptanceStatistics:
         covariance = sums[..., 0] / total - rate * mean
         where = mean + (chance - rate) * variance / covariance
         return where.where((covariance > 0) & (total >= ENOUGH), -torch.inf)
+
+
+def rising(
+    # [rows, exits] float each: sums of what was seen, and how often
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """The means, as near as can be to what was seen but nowhere falling from an exit to the next, [rows, exits].
+
+    Isotonic regression by its max-min formula: the largest, of all runs of exits that begin here or before, of the
+    smallest mean of a run that goes on to here or further.
+    """
+    up_to, seen = sums.cumsum(-1), counts.cumsum(-1)
+    # [rows, first, last]: the mean of a run
+    mean = (up_to.unsqueeze(1) - (up_to - sums).unsqueeze(2)) / (seen.unsqueeze(1) - (seen - counts).unsqueeze(2))
+    smallest = mean.flip(2).cummin(2).values.flip(2)
+    begun = torch.ones_like(mean[0], dtype=torch.bool).triu()
+    return smallest.masked_fill(~begun, -torch.inf).amax(1)
 
 
 def kept_positions(

@@ -30,7 +30,8 @@ class Decision:
     exit: torch.Tensor
     # [rows] int64: 0 for none
     length: torch.Tensor
-    # [rows] float64: tokens that one more draft of the row has to yield to be worth its time
+    # [2, rows] float64: tokens that one more draft of the row has to yield to be worth the time it takes itself; and
+    # to be worth its share also of what a step takes however many rows are in it
     worth: torch.Tensor
     # scalars, float64: of the whole batch, in tokens and seconds
     tokens: torch.Tensor
@@ -98,8 +99,8 @@ class Planner:
         row_length = length.flatten(1).gather(1, row_exit * len(lengths) + longest).squeeze(1)
         row_exit = row_exit.squeeze(1)
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
-        step = shared.index_select(0, deepest) / num_rows + per_row[row_exit]
-        worth = price * (step + self._per_token[num_rows].index_select(0, longest) + of_row_context)
+        itself = per_row[row_exit] + self._per_token[num_rows].index_select(0, longest) + of_row_context
+        worth = price * torch.stack((itself, itself + shared.index_select(0, deepest) / num_rows))
         decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context, slower)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
