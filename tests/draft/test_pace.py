@@ -3,7 +3,7 @@
 import torch
 
 from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy
-from vllm_del.draft.clock import PLANNING_SHARE, Pace
+from vllm_del.draft.clock import MOST_ROUNDS, PLANNING_SHARE, Pace
 from vllm_del.draft.decide import Verified
 
 
@@ -18,9 +18,12 @@ def verified(only_decodes: bool = True) -> Verified:
 def test_rounds_of_a_plan() -> None:
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
-    paces = [Pace(seconds * share, costs) for seconds in (0, 0.5, 1, 1.5, 3.5)]
-    assert [pace.rounds(ROWS, drafts=True) for pace in paces] == [1, 1, 1, 2, 4]
-    assert all(idle.rounds(ROWS, drafts=False) > idle.rounds(ROWS, drafts=True) for idle in paces[1:])
+    paces = [Pace(seconds * share, costs) for seconds in (0, 0.5, 1, 1.8, 3.5)]
+    assert [pace.rounds(ROWS, True, 100) for pace in paces] == [1, 1, 1, 2, 4]
+    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 5, 10, MOST_ROUNDS, MOST_ROUNDS]
+    # No longer than the sequences have been together, and no longer than this on any machine.
+    assert [paces[-1].rounds(ROWS, True, age) for age in range(6)] == [1, 1, 2, 3, 4, 4]
+    assert Pace(1e6, costs).rounds(ROWS, True, 100) == MOST_ROUNDS
 
 
 def test_made_anew_when_due_or_for_others() -> None:
@@ -39,9 +42,8 @@ def test_made_anew_when_due_or_for_others() -> None:
         assert plan.exit.shape == limit.shape
         return len(made) > before
 
-    assert [made_by(slots) for _ in range(7)] == [True, False, False, True, False, False, True]
-    assert made_by(others)
-    assert not made_by(others)
+    assert [made_by(slots) for _ in range(12)] == [place in (0, 1, 2, 4, 7, 10) for place in range(12)]
+    assert [made_by(others) for _ in range(4)] == [True, True, True, False]
     assert made_by(others, only_decodes=False)
     assert made_by(slots)
 

@@ -27,6 +27,9 @@ PLANNING_SHARE, IDLE_SHARE = 0.05, 0.005
 On a large model they take less each round.
 """
 
+MOST_ROUNDS = 16
+"""No plan serves more rounds: it is of an acceptance that changes."""
+
 
 class Stopwatch:
     """Holds rounds against the tables of costs, by the host's clock.
@@ -97,10 +100,14 @@ class Pace:
         self._seconds = planning_seconds
         self._costs = costs
 
-    def rounds(self, num_rows: int, drafts: bool) -> int:
-        """For so many sequences, by a plan with any drafts or by one without."""
+    def rounds(self, num_rows: int, drafts: bool, age: int) -> int:
+        """For so many sequences, by a plan with any drafts or one without, made when the batch was so many rounds old.
+
+        Of new sequences little is known yet: what is learnt in their first rounds tells most.
+        """
         affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * self._costs.verify_seconds(num_rows)
-        return max(1, math.ceil(self._seconds / affordable)) if affordable > 0 else 1
+        most = math.ceil(self._seconds / affordable) if affordable > 0 else 1
+        return max(1, min(most, age, MOST_ROUNDS))
 
 
 class Late:

@@ -117,10 +117,11 @@ class DynamicPolicy:
         self._expected = self._allowed = torch.empty(0)
         self._tally = Tally(len(exits), max_length)
         self._late_counts = Late(first=None)
-        # If set, a choice serves several rounds of the same sequences: the one that does, and its age in rounds
+        # If set, a choice serves several rounds of the same sequences: the one that does, how many rounds these have
+        # been together, and had been when it was made
         self.pace: Pace | None = None
         self._choice: Choice | None = None
-        self._age = 0
+        self._together = self._chosen_at = 0
         self._bounds = Late((len(exits) - 1, max_length))
         # Whether the last round drafted, as far as the host knows
         self._drafts = True
@@ -152,10 +153,12 @@ class DynamicPolicy:
             if seconds is not None:
                 self._tally.add_time(*seconds)
         self._shadow.earn(verified.num_tokens, self._drafts)
-        self._age += 1
-        of_these = self._choice is not None and self._choice.slots is slots and verified.only_decodes
-        if of_these and self.pace is not None and self._age < self.pace.rounds(len(slots), self._drafts):
-            return
+        same = self._choice is not None and self._choice.slots is slots and verified.only_decodes
+        self._together = self._together + 1 if same else 0
+        if same and self.pace is not None:
+            rounds = self.pace.rounds(len(slots), self._drafts, self._chosen_at)
+            if self._together - self._chosen_at < rounds:
+                return
         self._choice = None
         if verified.ended:
             self._observe_prompts(slots, verified)
@@ -227,7 +230,7 @@ class DynamicPolicy:
         context: torch.Tensor,
     ) -> Plan:
         if self._choice is None:
-            self._choice, self._age = self._choose(slots, limit, context), 0
+            self._choice, self._chosen_at = self._choose(slots, limit, context), self._together
         choice = self._choice
         # What there is room for may be less by now.
         exit, length = choice.exit, torch.minimum(choice.length, limit)

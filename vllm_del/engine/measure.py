@@ -1,6 +1,6 @@
 """Measures at start what the parts of a round cost on this machine, or reads what an earlier start measured.
 
-The same forward passes as in service, over made-up rows that write no KV. Under tensor parallelism all ranks run them
+The same draft steps and forward passes as in service, over made-up rows. Under tensor parallelism all ranks run them
 together, and all take the first rank's figures, so that they plan alike.
 """
 
@@ -9,10 +9,12 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import numpy as np
 import torch
 import vllm
 from vllm import envs
@@ -26,7 +28,7 @@ from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 4
+FORMAT = 5
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -99,21 +101,20 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     config = vllm_config.scheduler_config
     each, near, far = rehearsal.verify_each, rehearsal.context, rehearsal.long_context
 
-    def draft_seconds(rows: int) -> list[float]:
-        """Of a draft step to the first exit, and to the last one."""
-
-        def seconds(segments: int) -> float:
-            return _seconds(lambda: rehearsal.draft_step(rows, segments, near), before=lambda: rehearsal.head(rows))
-
-        return [seconds(1), seconds(len(exits))]
+    after_drafts = rehearsal.drafting(1, len(exits), near)
 
     def head_seconds(rows: int) -> float:
-        return _seconds(lambda: rehearsal.head(rows), before=lambda: rehearsal.draft_step(1, len(exits), near))
+        return _seconds(lambda: rehearsal.head(rows), before=after_drafts)
 
-    rows, steps = _table(config.max_num_seqs, draft_seconds)
-    shallow, deep = zip(*steps, strict=True)
-    step, layer = split_steps(shallow, deep, exits)
+    def draft_seconds(rows: int) -> list[float]:
+        """Of a draft step to the first exit, and to the last one."""
+        return [_seconds(rehearsal.drafting(rows, n, near)) / rehearsal.steps for n in (1, len(exits))]
+
     head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), head_seconds)
+    rows, steps = _table(config.max_num_seqs, draft_seconds)
+    heads = np.interp(rows, head_rows, head)
+    shallow, deep = np.maximum(np.transpose(steps) - heads, np.transpose(steps) / 10)
+    step, layer = split_steps(shallow, deep, exits)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
     tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
@@ -133,14 +134,14 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
 
     number = min(4, config.max_num_seqs, most // each)
 
-    def of_context(run: Callable[[int], None]) -> float:
-        """Seconds for a row and a token more of its context."""
-        more = _seconds(lambda: run(far)) - _seconds(lambda: run(near))
+    def of_context(run: Callable[[int], Callable[[], None]]) -> float:
+        """Seconds for a row and a token more of its context, in what there is to run for a context."""
+        more = _seconds(run(far)) - _seconds(run(near))
         return max(0.0, more) / (number * (far - near))
 
-    in_step = of_context(lambda context: rehearsal.draft_step(number, len(exits), context))
-    alone = of_context(lambda context: rehearsal.verify(number, 1, context))
-    with_drafts = of_context(lambda context: rehearsal.verify(number * each, each, context))
+    in_step = of_context(partial(rehearsal.drafting, number, len(exits))) / rehearsal.steps
+    alone = of_context(partial(partial, rehearsal.verify, number, 1))
+    with_drafts = of_context(partial(partial, rehearsal.verify, number * each, each))
     return replace(
         measured,
         layer_context=in_step / exits[-1],

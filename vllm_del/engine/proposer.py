@@ -81,7 +81,7 @@ class DelProposer(DraftModelProposer):
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
         tables = self.runner.input_batch.block_table.block_tables
-        self.policy = make_policy(self, [table.get_device_tensor(1).shape[1] for table in tables])
+        self.policy = make_policy(self, [(table.get_device_tensor(1).shape[1], table.block_size) for table in tables])
 
     def prepare_inputs_padded(
         self,

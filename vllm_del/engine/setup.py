@@ -48,8 +48,8 @@ class Drafter(Protocol):
 
 def make_policy(
     drafter: Drafter,
-    # blocks in a row of each KV cache group's block table
-    table_widths: Sequence[int],
+    # of each KV cache group's block table: blocks in a row, and tokens in a block
+    tables: Sequence[tuple[int, int]],
 ) -> FixedPolicy | DynamicPolicy:
     """The policy that is asked for, when all else is ready to serve: it may have to measure what a round costs."""
     vllm_config, network, head, device = drafter.vllm_config, drafter.model, drafter.head, drafter.device
@@ -66,7 +66,7 @@ def make_policy(
     if config.del_objective == "goodput":
         draft_layers = early_attention_layers(network, config.exits[-1])
         rehearsal = Rehearsal(
-            vllm_config, network, drafter.segments, head, draft_layers, drafter.kv_cache_config, table_widths, device
+            vllm_config, network, drafter.segments, head, draft_layers, drafter.kv_cache_config, tables, device
         )
         measured = costs_of(vllm_config, rehearsal, config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)

@@ -81,7 +81,8 @@ class DelSpeculator(DraftModelSpeculator):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
-        self.policy = make_policy(self, [table.shape[1] for table in self.block_tables.input_block_tables])
+        widths = [table.shape[1] for table in self.block_tables.input_block_tables]
+        self.policy = make_policy(self, list(zip(widths, self.block_tables.block_sizes, strict=True)))
 
     @torch.inference_mode()
     def propose(
