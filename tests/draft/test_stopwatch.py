@@ -47,7 +47,7 @@ WITH_DRAFTS = 16.0 + 8.0 * 8 / 16 - 0.01 * 40 * 12 + 0.01 * CONTEXTS + 0.005 * 6
 
 
 class Machine:
-    """On which draft steps take `draft` times what the tables say, and all else `verify` times."""
+    """On which draft steps take `draft` times what the tables say, and so on as `Correction` has it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -58,7 +58,7 @@ class Machine:
         """What was expected of a round, and what it took."""
         seconds = self.truth.draft * (DRAFTING if steps else 0.0)
         stopwatch.drafted(SLOTS, Launched(steps, seconds))
-        self.now += seconds + self.truth.verify * (WITH_DRAFTS if steps else ALONE)
+        self.now += seconds + self.truth.verify * (WITH_DRAFTS if steps else ALONE) + self.truth.overhead
         return stopwatch.verified(SLOTS, ROWS + ROWS * len(steps), CONTEXTS, only_decodes)
 
 
@@ -66,7 +66,7 @@ def near(truth: Correction) -> Correction:
     return Correction(*(pytest.approx(value) for value in astuple(truth)))
 
 
-@pytest.mark.parametrize("truth", [Correction(1.5, 1.2), Correction(0.7, 0.8), Correction(2.0, 1.0)])
+@pytest.mark.parametrize("truth", [Correction(1.5, 1.0, 4.0), Correction(0.7, 0.8), Correction(2.0)])
 def test_a_machine_is_learnt_and_forgotten(monkeypatch: pytest.MonkeyPatch, truth: Correction) -> None:
     machine = Machine(monkeypatch)
     stopwatch = Stopwatch(COSTS, DEPTHS, learns=True)
@@ -84,14 +84,14 @@ def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     """Not the first rounds either."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
     for place in range(60):
-        machine.truth = Correction(100.0, 100.0) if place % 5 < 2 else Correction()
+        machine.truth = Correction(100.0, 1.0, 1000.0) if place % 5 < 2 else Correction()
         machine.round(stopwatch, STEPS)
         assert stopwatch.correction == near(Correction())
 
 
 def test_what_was_learnt_of_drafts_is_forgotten_where_nothing_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
-    machine.truth = Correction(3.0, 1.2)
+    machine.truth = Correction(3.0, 0.8)
     for _ in range(1 + LAST):
         machine.round(stopwatch, STEPS)
     rounds = 0
@@ -99,13 +99,13 @@ def test_what_was_learnt_of_drafts_is_forgotten_where_nothing_is_drafted(monkeyp
         assert stopwatch.correction == near(machine.truth)
         machine.round(stopwatch, [])
         rounds += 1
-    assert stopwatch.correction == near(Correction(1.2, 1.2))
+    assert stopwatch.correction == near(Correction(0.8, 0.8))
     assert rounds == AGAIN * (LAST // 2 + 1)
 
 
 def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
-    machine.truth = Correction(9.0, 9.0)
+    machine.truth = Correction(9.0, 1.0, 9.0)
     for _ in range(9):
         assert machine.round(stopwatch, STEPS, only_decodes=False) is None
         # Nor the one that began with it, whose rows did not all draft.
@@ -119,11 +119,11 @@ def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> 
 def test_ranks_that_have_to_agree_are_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a host that only launches."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=False)
-    machine.truth = Correction(1.5, 1.2)
+    machine.truth = Correction(1.5, 1.0, 4.0)
     for _ in range(12):
         found = machine.round(stopwatch, STEPS)
     assert stopwatch.correction == Correction()
-    assert found == pytest.approx((DRAFTING + WITH_DRAFTS, 1.5 * DRAFTING + 1.2 * WITH_DRAFTS))
+    assert found == pytest.approx((DRAFTING + WITH_DRAFTS, 1.5 * DRAFTING + WITH_DRAFTS + 4.0))
 
 
 def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +149,12 @@ def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypa
             outcome = verified()
             outcome.num_tokens, outcome.contexts = ROWS * (1 + len(steps)), CONTEXTS
             tabled = COSTS.round_seconds(ROWS, outcome.num_tokens, CONTEXTS)
-            machine.now += seconds + machine.truth.verify * tabled
+            machine.now += seconds + machine.truth.verify * tabled + machine.truth.overhead
             policy.observe(SLOTS, outcome)
         return drafting / rounds
 
     assert drafted_in(200) > 0.9
-    machine.truth = Correction(4.0, 1.0)
+    machine.truth = Correction(4.0)
     drafted_in(40)
     assert 0 < drafted_in(4000) < 0.2
     machine.truth = Correction()

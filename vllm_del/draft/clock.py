@@ -16,7 +16,7 @@ LAST, AS_TABLED = 31, 5
 """Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say."""
 
 AGAIN = 8
-"""Where nothing is drafted, every so many rounds count as one in which drafts were as far from the tables as the rest.
+"""Where nothing is drafted, every so many rounds count as one in which drafts took what the tables say.
 
 So what kept drafts away is forgotten after some hundred rounds: they get another chance.
 """
@@ -43,9 +43,10 @@ class Stopwatch:
         self._depths = depths
         self._learns = learns
         self.correction = Correction()
-        # What the last rounds took over what the tables say: their drafts, and all else
+        # What the last rounds took over what the tables say: their drafts, and all else; and of that the difference
         self._drafts = deque([1.0] * AS_TABLED, maxlen=LAST)
         self._rest = deque([1.0] * AS_TABLED, maxlen=LAST)
+        self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
         self._undrafted = 0
         # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
@@ -75,22 +76,24 @@ class Stopwatch:
         self._contexts, self._only_decodes = contexts, only_decodes
         if not same or not before:
             return None
-        tabled = self._costs.round_seconds(len(slots), num_tokens, contexts)
-        expected = self.correction.draft * self._tabled + self.correction.verify * tabled
+        of, tabled = self.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
+        expected = of.draft * self._tabled + of.verify * tabled + of.overhead
         if self._learns:
-            self._learn((now - begun - self._drafted) / tabled)
+            self._learn(now - begun - self._drafted, tabled)
         return expected, now - begun
 
-    def _learn(self, rest: float) -> None:
-        """From a round of which all but the draft steps took `rest` times what the tables say."""
-        self._rest.append(rest)
-        self.correction.verify = median(self._rest)
+    def _learn(self, rest: float, tabled: float) -> None:
+        """From a round of which all but the draft steps took `rest` seconds."""
+        of = self.correction
+        self._rest.append(rest / tabled)
+        self._beyond.append(rest - tabled)
+        of.verify, of.overhead = min(1.0, median(self._rest)), max(0.0, median(self._beyond))
         self._undrafted = 0 if self._tabled else self._undrafted + 1
         if self._tabled:
             self._drafts.append(self._drafted / self._tabled)
         elif self._undrafted % AGAIN == 0:
-            self._drafts.append(self.correction.verify)
-        self.correction.draft = median(self._drafts)
+            self._drafts.append(of.verify)
+        of.draft = median(self._drafts)
 
 
 class Pace:

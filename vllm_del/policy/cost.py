@@ -87,11 +87,14 @@ def split_steps(shallow: Times, deep: Times, exits: Sequence[int]) -> tuple[floa
 
 @dataclass
 class Correction:
-    """What the clock says of the tables while serving: factors of what is in them."""
+    """What the clock says of the tables while serving."""
 
-    # of draft steps, and of all else in a round: its verification, and with it scheduling, sampling and output
+    # factors of what is in them: of draft steps, and of verification where it takes less
     draft: float = 1.0
     verify: float = 1.0
+    # Where a round takes longer, what it takes beside its drafts and a forward pass, seconds: scheduling, sampling and
+    # output, whatever the number of drafts
+    overhead: float = 0.0
 
 
 SHADOW_ROWS = 512

@@ -68,12 +68,12 @@ class Planner:
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
         lengths, costs, num_rows = self.lengths, self.costs, len(limit)
-        # Times here are those of the tables where all else is as they say: a machine that is slow in everything
+        # Times here are those of the tables where verification is as they say: a machine that is fast in everything
         # changes no plan.
-        slower = self.correction.draft / self.correction.verify
+        slower, overhead = (of / self.correction.verify for of in (self.correction.draft, self.correction.overhead))
         shared, per_row = slower * self._shared[num_rows], slower * self._per_row[num_rows]
         longer = (context - costs.context).double()
-        verify = costs.verify[num_rows] + costs.verify_context * context.sum()
+        verify = costs.verify[num_rows] + costs.verify_context * context.sum() + overhead
         # Another number of rows has another goodput: begin with that of not drafting.
         price = self._price if num_rows == self._num_rows else num_rows / verify
         # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
