@@ -20,7 +20,7 @@ from tests.engine import host as engines
 from tests.engine.checkpoints import checkpoint
 from tests.engine.host import Arrival, Host
 from tests.engine.test_drafts import drafter_of
-from vllm_del.draft.decide import Verified
+from vllm_del.draft.outcome import Outcome
 
 EXITS = [1, 2, 3]
 LENGTH = 4
@@ -117,19 +117,19 @@ def _counts(model: str, options: dict[str, Any], requests: int) -> list[list[lis
 def _follow_drafts() -> None:
     """In the engine's process: have the policy keep, by sequence and round, what it expects of drafts and what came."""
     policy = drafter_of(engines._engine(str(DEMO_MODEL), "del", LONG)).policy
-    count, policy.followed, ages = policy._count, [], Counter()
+    add, policy.followed, ages = policy._tally.add, [], Counter()
 
-    def follow(slots: torch.Tensor, verified: Verified) -> None:
-        drafted = torch.minimum(verified.drafted, policy._length[slots])
-        accepted = torch.minimum(verified.accepted, drafted)
-        rows = torch.stack((slots, drafted, accepted, verified.sampled), 1).tolist()
-        for (slot, *fate, sampled), expected in zip(rows, policy._expected[slots].tolist(), strict=True):
+    def follow(outcome: Outcome) -> None:
+        drafted = torch.minimum(outcome.verified, outcome.drafted.length)
+        accepted = torch.minimum(outcome.accepted, drafted)
+        rows = torch.stack((policy._outcomes_of, drafted, accepted, outcome.sampled), 1).tolist()
+        for (slot, *fate, sampled), expected in zip(rows, outcome.drafted.expected.tolist(), strict=True):
             if sampled:
                 policy.followed.append((ages[slot], *fate, expected))
                 ages[slot] += 1 + fate[1]
-        count(slots, verified)
+        add(outcome)
 
-    policy._count = follow
+    policy._tally.add = follow
 
 
 def _fate(age: int) -> tuple[int, float, int]:
