@@ -1,5 +1,6 @@
 """Shadow work stays within its budget, and is spread evenly."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def test_budget(head: tuple[float, float], wanted: int) -> None:
     spent, scored = 0.0, []
     for _ in range(rounds):
         shadow.earn(1, drafts=True)
-        number = shadow.affordable(wanted)
+        number = shadow.affordable(wanted, wanted)
         assert number <= wanted
         spent += costs.head_seconds(number)
         scored.append(number)
@@ -56,7 +57,7 @@ def test_what_scoring_took_is_what_is_spent(monkeypatch: pytest.MonkeyPatch, by_
     monkeypatch.setattr(shadow_module, "time", SimpleNamespace(perf_counter=lambda: now))
     for _ in range(rounds):
         shadow.earn(1, drafts=True)
-        if number := shadow.affordable(400):
+        if number := shadow.affordable(400, 400):
             shadow.score([torch.rand(400, 8)], torch.arange(number), torch.zeros(number, dtype=torch.int64))
     assert now == pytest.approx(share * 0.1 * rounds, rel=0.1)
 
@@ -67,17 +68,30 @@ def test_where_nothing_is_drafted_less_is_spent() -> None:
         shadow = scorer((0.001, 0.1))
         for _ in range(1000):
             shadow.earn(1, drafts)
-            spent[drafts] = spent.get(drafts, 0) + shadow.affordable(400)
+            spent[drafts] = spent.get(drafts, 0) + shadow.affordable(400, 400)
     assert 0 < spent[False] < 0.7 * spent[True]
+
+
+def test_rounds_are_asked_whatever_was_accepted_in_them() -> None:
+    """Else those with an early rejection, which want little, would be asked more often."""
+    rng, asked = random.Random(0), {3: 0, 20: 0}
+    shadow = scorer((0.001, 0.2))
+    for _ in range(4000):
+        shadow.earn(1, drafts=True)
+        wanted = rng.choice((3, 20))
+        number = shadow.affordable(wanted, 20)
+        assert number in (0, wanted)
+        asked[wanted] += number > 0
+    assert asked[3] == pytest.approx(asked[20], rel=0.15)
 
 
 def test_nothing_without_a_budget_and_everything_without_costs() -> None:
     shadow = scorer((0.001, 0.1), share=0.0)
     shadow.earn(1, drafts=True)
-    assert shadow.affordable(5) == 0
+    assert shadow.affordable(5, 5) == 0
     free = ShadowScorer(lambda states: states, SimpleNamespace(), None, 0.0, CPU)
     free.earn(1, drafts=True)
-    assert free.affordable(10_000) == 10_000
+    assert free.affordable(10_000, 10_000) == 10_000
 
 
 def test_chosen_evenly_among_what_is_wanted() -> None:

@@ -180,7 +180,7 @@ class DynamicPolicy:
     ) -> None:
         """Ask exits that did not draft what they would have said, as far as the budget goes."""
         wanted = kept.unsqueeze(-1) & ~scored
-        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel())
+        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), wanted.numel())
         if not number:
             return
         places = self._shadow.choose(wanted, number)
@@ -203,7 +203,7 @@ class DynamicPolicy:
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
         back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
         each = len(self._each_exit) + 1
-        number = self._shadow.affordable(len(row) * each) // each
+        number = self._shadow.affordable(len(row) * each, len(row) * each) // each
         if not number:
             return
         chosen = self._shadow.choose(torch.ones_like(row, dtype=torch.bool), number)

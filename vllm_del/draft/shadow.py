@@ -53,14 +53,19 @@ class ShadowScorer:
             earned = self._share * (1 if drafts else IDLE) * self._costs.verify_seconds(tokens)
             self._saved = min(self._saved + earned, self._costs.head_seconds(SHADOW_ROWS))
 
-    def affordable(self, wanted: int) -> int:
-        """How many of `wanted` head rows to score now; 0 if it is better to go on saving."""
+    def affordable(self, wanted: int, most: int) -> int:
+        """How many of `wanted` head rows to score now; 0 if it is better to go on saving.
+
+        `most` is how many might have been wanted, whatever was accepted. It decides: rounds in which little was accepted
+        want little, and if these were asked more often than others, all exits would look worse than they are.
+        """
         if self._costs is None:
             return wanted
-        number = min(wanted, self._costs.head_rows(self._saved))
+        payable = self._costs.head_rows(self._saved)
         # Not a few rows at the price of the whole weight while more of them cost little more.
-        if number < min(wanted, BURST):
+        if payable < min(most, BURST):
             return 0
+        number = min(wanted, payable)
         self._saved -= self._costs.head_seconds(number)
         return number
 
