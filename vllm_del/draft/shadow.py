@@ -56,8 +56,8 @@ class ShadowScorer:
     def affordable(self, wanted: int, most: int) -> int:
         """How many of `wanted` head rows to score now; 0 if it is better to go on saving.
 
-        `most` is how many might have been wanted, whatever was accepted. It decides: rounds in which little was accepted
-        want little, and if these were asked more often than others, all exits would look worse than they are.
+        `most` is how many might have been wanted, whatever was accepted. It decides: rounds in which little was
+        accepted want little, and if these were asked more often than others, all exits would look worse than they are.
         """
         if self._costs is None:
             return wanted

@@ -11,7 +11,7 @@ import torch
 DECAY = 0.95
 """omega of the paper: what is left of a count after a round. The memory is some 20 rounds."""
 
-PRIOR_COUNT = 4.0
+PRIOR_COUNT = 12.0
 """How many observations the mean over all sequences is worth where a sequence has its own."""
 
 ENOUGH = 8.0
