@@ -15,6 +15,7 @@ PROMPTS = [
     '    """Return the ',
 ]
 GREEDY = {"temperature": 0, "max_tokens": 96, "ignore_eos": True}
+BY_LAYERS = {"method": "del", "del_objective": "tpl"}
 
 pytestmark = pytest.mark.engine
 
@@ -32,12 +33,15 @@ def test_drafts_are_accepted_and_the_text_is_the_models_own(host: Host) -> None:
 
 @pytest.mark.parametrize("host", ["v1"], indirect=True)
 def test_compiled_layers_draft_as_well(host: Host) -> None:
-    """Without `enforce_eager`: one graph, compiled while vLLM warms up, serves every number of rows."""
+    """Without `enforce_eager`: one graph, compiled while vLLM warms up, serves every number of rows.
+
+    By tokens per layer: what is drafted hangs on the text alone, not on what an engine has served before.
+    """
     arrivals = [Arrival(prompt, GREEDY, step=8 * i) for i, prompt in enumerate(PROMPTS)]
-    eager = host.serve(str(DEMO_MODEL), arrivals, "del")
+    eager = host.serve(str(DEMO_MODEL), arrivals, BY_LAYERS)
     off = host.serve(str(DEMO_MODEL), arrivals, enforce_eager=False)
     compiled_at_start = host.call(_is_compiled, {"enforce_eager": False})
-    on = host.serve(str(DEMO_MODEL), arrivals, "del", enforce_eager=False)
+    on = host.serve(str(DEMO_MODEL), arrivals, BY_LAYERS, enforce_eager=False)
     assert compiled_at_start
     assert on.completions == off.completions
     assert on.accepted / on.drafted == pytest.approx(eager.accepted / eager.drafted, abs=0.05)
@@ -47,7 +51,7 @@ def _is_compiled(options: dict[str, Any]) -> bool:
     """In the engine's process: whether the draft layers are compiled."""
     from tests.engine.host import _engine
 
-    engine = _engine(str(DEMO_MODEL), "del", options)
+    engine = _engine(str(DEMO_MODEL), BY_LAYERS, options)
     return all(segment.compiled for segment in drafter_of(engine).segments)
 
 
