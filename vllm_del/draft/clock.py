@@ -16,7 +16,7 @@ LAST, AS_TABLED = 31, 5
 """Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say."""
 
 AGAIN = 8
-"""Where nothing is drafted, every so many rounds count as one in which drafts took what the tables say.
+"""Where nothing is drafted, every so many rounds count as one in which drafts were as fast as verification.
 
 So what kept drafts away is forgotten after some hundred rounds: they get another chance.
 """

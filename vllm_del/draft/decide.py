@@ -108,7 +108,6 @@ class DynamicPolicy:
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
-        self._each_exit = torch.arange(len(exits), device=device)
         self._last = LastDrafts(num_slots, max_length, device)
         # What the statistics do not know yet: of the sequences in these slots
         self._outcomes: list[Outcome] = []
@@ -137,8 +136,8 @@ class DynamicPolicy:
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
         """Learn from a verification, now or together with later ones."""
         if self._outcomes and slots is not self._outcomes_of:
-            matched, confidence, scored, _ = matches(self._outcomes, len(self._each_exit))
-            self.statistics.observe(self._outcomes_of, matched, confidence, scored)
+            # Before a slot of theirs is another sequence's.
+            self.statistics.observe(self._outcomes_of, *matches(self._outcomes, len(self._depths))[:3])
             self._outcomes.clear()
         if verified.fresh:
             fresh = slots[upload(verified.fresh, slots.device)]
@@ -162,7 +161,7 @@ class DynamicPolicy:
         self._choice = None
         if verified.ended:
             self._observe_prompts(slots, verified)
-        matched, confidence, scored, kept = matches(self._outcomes, len(self._each_exit))
+        matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
         self._outcomes.clear()
         # The states of this round are there to ask the other exits.
         self._ask(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
@@ -202,7 +201,7 @@ class DynamicPolicy:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
         back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
-        each = len(self._each_exit) + 1
+        each = len(self._depths) + 1
         number = self._shadow.affordable(len(row) * each, len(row) * each) // each
         if not number:
             return

@@ -154,10 +154,10 @@ def draft(
     begun, steps = time.perf_counter(), []
     drafts.tokens.fill_(NO_TOKEN)
     place = torch.arange(rows.live.shape[0], device=rows.live.device)
-    sure = torch.ones_like(rows.live)
+    doubtful_together = torch.zeros_like(rows.live)
     for step in range(plan.longest):
         rows.live.logical_and_(plan.length > step)
-        if compact and not (rows.live & sure).any():
+        if compact and not (rows.live & ~doubtful_together).any():
             break
         advance_rows(
             rows.positions,
@@ -183,7 +183,6 @@ def draft(
         # Not `>=`, which a threshold of NaN would fail.
         doubtful, doubtful_together = confidence < plan.stop_below
         rows.live.logical_and_(~doubtful)
-        sure = ~doubtful_together
         rows.input_ids.copy_(token)
     return Launched(steps, time.perf_counter() - begun)
 

@@ -175,7 +175,7 @@ class DelProposer(DraftModelProposer):
         num_rows = len(sampled)
         # [rows]: where each row's tokens end
         ends = batch_metadata.query_start_loc_cpu[1:]
-        drafted = torch.tensor(num_drafts) if num_drafts else torch.zeros_like(ends)
+        drafted = torch.tensor(num_drafts) if num_drafts else torch.zeros_like(ends, dtype=torch.int64)
         start = ends - 1 - drafted
         batch = self.runner.input_batch
         prompt_len = batch.num_prompt_tokens[:num_rows]
