@@ -27,16 +27,34 @@ def test_synthetic_model_and_benchmark(tmp_path: Path) -> None:
     assert agreement["easy"]["2"] == pytest.approx(0.9, abs=0.06)
     assert agreement["hard"]["2"] < 0.3
 
-    options = ["--exits", "2,4", "--longest", "4", "--fixed", "2:2", "--dtype", "float32", "--tokens", "24"]
-    options += ["--repeats", "1", "--eager", "--workloads", "easy x1,mixed x4", "--out", str(out)]
+    options = [
+        "--exits",
+        "2,4",
+        "--longest",
+        "4",
+        "--fixed",
+        "2,4:2",
+        "--heats",
+        "1",
+        "--dtype",
+        "float32",
+        "--tokens",
+        "24",
+    ]
+    options += ["--finalists", "2", "--repeats", "1", "--eager", "--workloads", "easy x1,mixed x4", "--out", str(out)]
     run("benchmark.py", str(model), *options)
     results = json.loads(out.read_text())
     assert set(results["workloads"]) == {"easy x1", "mixed x4"}
     easy, mixed = results["workloads"].values()
     assert easy["off"]["speed_up"] == 1
-    assert easy["dynamic"]["same_output"] == easy["fixed 2:2"]["same_output"] == "2 of 2"
-    assert mixed["dynamic"]["same_output"] == mixed["fixed 2:2"]["same_output"] == "8 of 8"
-    assert easy["fixed 2:2"]["accepted_of_drafted"] > 0.6
-    assert mixed["fixed 2:2"]["accepted_of_drafted"] < easy["fixed 2:2"]["accepted_of_drafted"]
+    for found, requests in (easy, 2), (mixed, 8):
+        assert len(found["heats"]) == 5
+        finalists = [name for name in found if name.startswith("fixed")]
+        assert finalists == sorted(found["heats"], key=found["heats"].get, reverse=True)[:2]
+        assert all(found[name]["same_output"] == f"{requests} of {requests}" for name in ("dynamic", *finalists))
+        assert found["dynamic_over_best_fixed"] > 0
+    assert easy["dynamic"]["accepted_of_drafted"] > 0.6
+    assert mixed["dynamic"]["accepted_of_drafted"] < easy["dynamic"]["accepted_of_drafted"]
+    assert all(easy[name]["accepted_of_drafted"] > 0.4 for name in easy if name.startswith("fixed 2"))
     assert easy["allowed"] > 0
     assert mixed["allowed"] is None

@@ -1,0 +1,136 @@
+"""Engines in one process, and the contenders of the benchmark, which take turns on them."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+# Read when vLLM is imported: engines side by side in this process, on all its cores.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+    HF_HUB_OFFLINE="1",
+)
+
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from workloads import Request
+
+from vllm_del.draft.tally import Counts
+
+
+class Engine:
+    """vLLM, and what its scheduler is told."""
+
+    def __init__(self, model: str, spec: dict[str, Any] | None, **engine: Any) -> None:
+        self.llm = LLM(
+            model,
+            speculative_config=spec,
+            max_model_len=1024,
+            max_num_seqs=16,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            **engine,
+        )
+        self.drafted = self.accepted = 0
+        # What a policy counted, every few rounds.
+        self.counts: list[Counts] = []
+        self._count(self.llm.llm_engine.engine_core.engine_core.scheduler)
+
+    def _count(self, scheduler: Any) -> None:
+        original, update = scheduler.make_spec_decoding_stats, scheduler.update_from_output
+
+        def counted(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            self.drafted += num_draft_tokens
+            self.accepted += num_accepted_tokens
+            return original(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+
+        def updated(scheduler_output: Any, model_runner_output: Any) -> Any:
+            report = getattr(model_runner_output, "del_report", None)
+            if report is not None and report.counts is not None:
+                self.counts.append(report.counts)
+            return update(scheduler_output, model_runner_output)
+
+        scheduler.make_spec_decoding_stats, scheduler.update_from_output = counted, updated
+
+
+@dataclass
+class Contender:
+    """A way to draft on one of the engines, and what it made of a workload so far."""
+
+    name: str
+    engine: Engine
+    # The longest draft that requests allow
+    longest: int
+    # By turn: tokens a second; of all turns: tokens drafted, accepted, generated; and the texts of the last one
+    rates: list[float] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    generated: int = 0
+    texts: list[list[int]] = field(default_factory=list)
+
+    def turn(self, places: int, requests: list[Request]) -> None:
+        """Serve them once. Timed for as long as every place is taken."""
+        engine, waiting, alive, generated = self.engine.llm.llm_engine, deque(enumerate(requests)), 0, 0
+        drafted, accepted = self.engine.drafted, self.engine.accepted
+        self.texts = [[] for _ in requests]
+        rate, begin = None, time.perf_counter()
+        while alive or waiting:
+            while waiting and alive < places:
+                number, request = waiting.popleft()
+                params = SamplingParams(
+                    temperature=0,
+                    max_tokens=request.length,
+                    ignore_eos=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.DELTA,
+                    extra_args={"del": {"max_draft": self.longest}},
+                )
+                engine.add_request(str(number), {"prompt_token_ids": request.token_ids}, params)
+                alive += 1
+            for output in engine.step():
+                self.texts[int(output.request_id)] += output.outputs[0].token_ids
+                generated += len(output.outputs[0].token_ids)
+                alive -= output.finished
+            if rate is None and not waiting and alive < places:
+                rate = generated / (time.perf_counter() - begin)
+        assert rate is not None
+        self.rates.append(rate)
+        self.generated += generated
+        self.drafted += self.engine.drafted - drafted
+        self.accepted += self.engine.accepted - accepted
+
+    def again(self) -> "Contender":
+        """The same, with nothing behind it."""
+        return Contender(self.name, self.engine, self.longest)
+
+    def speed_up(self, off: "Contender") -> float:
+        """The median, over the turn of `off` at the same time."""
+        return median(a / b for a, b in zip(self.rates, off.rates, strict=True))
+
+    def figures(self, off: "Contender") -> dict[str, Any]:
+        """What it did, beside one that drafts nothing."""
+        same = sum(a == b for a, b in zip(self.texts, off.texts, strict=True))
+        return {
+            "tokens_per_second": round(median(self.rates), 1),
+            "speed_up": round(self.speed_up(off), 3),
+            "fastest_to_slowest": round(max(self.rates) / min(self.rates), 2),
+            "accepted_of_drafted": round(self.accepted / self.drafted, 3) if self.drafted else None,
+            "drafted_a_token": round(self.drafted / self.generated, 2),
+            "same_output": f"{same} of {len(self.texts)}",
+        }
+
+
+def take_turns(contenders: list[Contender], repeats: int, places: int, requests: list[Request]) -> Iterator[Contender]:
+    """As many turns of each, another one first each time; yields whose turn comes."""
+    for repeat in range(repeats):
+        first = repeat % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            yield contender
+            contender.turn(places, requests)
