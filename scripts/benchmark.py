@@ -6,11 +6,10 @@
 
 All engines are started first, and contenders take turns with every workload, short ones and each time another first,
 so that a machine that is slower for a while is slower for all of them. An engine is kept full, as a busy server is: as
-one sequence ends another begins. There are many fixed pairs, so that all of them take a few turns, heats, and the best
-ones the rest; what the heats measured does not count for these. Figures are medians over the repeats, and a speed-up is
-over the turn without drafts of the same repeat; outputs are compared with those without drafts (in bfloat16 near-ties
-may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy it is, or the
-demo model, which continues files that it was not trained on.
+one sequence ends another begins. Every turn has texts of its own, the same ones for all. Fixed pairs are many: all of
+them run heats, and the best ones the final, which alone counts. Outputs are compared with those without drafts (in
+bfloat16 near-ties may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy
+it is, or the demo model, which continues files that it was not trained on.
 """
 
 import json
@@ -46,11 +45,11 @@ def pairs_of(fixed: str, longest: int) -> dict[int, list[int]]:
     return pairs
 
 
-def estimates(counts: list[Counts]) -> dict[str, float]:
+def estimates(counts: list[Counts]) -> dict[str, Any]:
     """What the policy expected beside what came: of drafts that were tried, and of the time of rounds."""
     tried = sum(sum(of.tried) for of in counts)
     timed = [of for of in counts if of.measured_seconds]
-    found = {}
+    found: dict[str, Any] = {"drafted_by_exit": [sum(by) for by in zip(*(of.drafted for of in counts), strict=True)]}
     if tried:
         found["acceptance_expected"] = round(sum(sum(of.expected) for of in counts) / tried, 3)
         found["acceptance"] = round(sum(sum(of.accepted) for of in counts) / tried, 3)
@@ -74,28 +73,28 @@ def allowed(dynamic: Engine, workload: str, about: dict[str, Any], exits: list[i
 
 
 def compete(
-    engines: dict[str, Engine],
     off: Contender,
     dynamic: Contender,
     pairs: list[Contender],
     finalists: int,
     heats: int,
     repeats: int,
-    turns: Callable[[list[Contender], int], None],
+    # the turns of these numbers
+    play: Callable[[list[Contender], range], None],
 ) -> dict[str, Any]:
     """Heats and final of one workload."""
-    # Warms up, and lets the policy meet the workload.
-    turns([Contender(name, engine, dynamic.longest) for name, engine in engines.items()], 1)
-    turns([off, *pairs], heats)
-    in_heats = {pair.name: round(pair.speed_up(off), 3) for pair in pairs}
+    # Warms up every engine, and lets the policy meet the workload.
+    play(list({id(contender.engine): contender.again() for contender in (off, dynamic, *pairs)}.values()), range(1))
+    play([off, *pairs], range(1, 1 + heats))
+    in_heats = {pair.name: round(pair.rate / off.rate, 3) for pair in pairs}
     best = sorted(pairs, key=lambda pair: in_heats[pair.name], reverse=True)[:finalists]
     dynamic.engine.counts.clear()
-    final = [contender.again() for contender in (off, dynamic, *best)]
-    turns(final, repeats)
-    found: dict[str, Any] = {contender.name: contender.figures(final[0]) for contender in final}
+    off, dynamic, *best = final = [contender.again() for contender in (off, dynamic, *best)]
+    play(final, range(1 + heats, 1 + heats + repeats))
+    found: dict[str, Any] = {contender.name: contender.figures(off) for contender in final}
     found["dynamic"] |= estimates(dynamic.engine.counts)
     if best:
-        found["dynamic_over_best_fixed"] = round(min(final[1].speed_up(pair) for pair in final[2:]), 3)
+        found["dynamic_over_best_fixed"] = round(dynamic.rate / max(pair.rate for pair in best), 3)
     return found | {"heats": in_heats}
 
 
@@ -109,7 +108,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 48,
     heats: Annotated[int, typer.Option(help="Turns of every fixed pair.")] = 2,
     finalists: Annotated[int, typer.Option(help="Fixed pairs that run the final.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Turns of the final.")] = 6,
+    repeats: Annotated[int, typer.Option(help="Turns of the final.")] = 10,
     dtype: str = "bfloat16",
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
 ) -> None:
@@ -153,16 +152,15 @@ def main(
             bar.update(task, advance=1, description=f"Started {name}")
         off, dynamic = Contender("off", engines["off"], 0), Contender("dynamic", engines["dynamic"], longest)
         for workload in names:
-            places, requests = requests_of(workload, model, vocab_size, tokens)
 
-            def turns(contenders: list[Contender], repeats: int) -> None:
-                for contender in take_turns(contenders, repeats, places, requests):  # noqa: B023, called at once
-                    bar.update(task, advance=1, description=f"{workload}: {contender.name}")  # noqa: B023
+            def play(contenders: list[Contender], turns: range, workload: str = workload) -> None:
+                def tell(whose: Contender) -> None:
+                    bar.update(task, advance=1, description=f"{workload}: {whose.name}")
+
+                take_turns(contenders, (requests_of(workload, model, vocab_size, tokens, turn) for turn in turns), tell)
 
             fixed_pairs = [Contender(f"fixed {e}:{n}", engines[f"exit {e}"], n) for e in pairs for n in pairs[e]]
-            found[workload] = of = compete(
-                engines, off.again(), dynamic.again(), fixed_pairs, finalists, heats, repeats, turns
-            )
+            found[workload] = of = compete(off.again(), dynamic.again(), fixed_pairs, finalists, heats, repeats, play)
             of["allowed"] = allowed(engines["dynamic"], workload, about, list(map(int, exits.split(","))), tokens)
             show(workload, of)
             if out:

@@ -3,9 +3,9 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import harmonic_mean
 from typing import Any
 
 # Read when vLLM is imported: engines side by side in this process, on all its cores.
@@ -68,8 +68,9 @@ class Contender:
     engine: Engine
     # The longest draft that requests allow
     longest: int
-    # By turn: tokens a second; of all turns: tokens drafted, accepted, generated; and the texts of the last one
+    # By turn: tokens a second
     rates: list[float] = field(default_factory=list)
+    # Of all turns: tokens drafted, accepted and generated, and the texts
     drafted: int = 0
     accepted: int = 0
     generated: int = 0
@@ -79,7 +80,7 @@ class Contender:
         """Serve them once. Timed for as long as every place is taken."""
         engine, waiting, alive, generated = self.engine.llm.llm_engine, deque(enumerate(requests)), 0, 0
         drafted, accepted = self.engine.drafted, self.engine.accepted
-        self.texts = [[] for _ in requests]
+        texts: list[list[int]] = [[] for _ in requests]
         rate, begin = None, time.perf_counter()
         while alive or waiting:
             while waiting and alive < places:
@@ -95,13 +96,14 @@ class Contender:
                 engine.add_request(str(number), {"prompt_token_ids": request.token_ids}, params)
                 alive += 1
             for output in engine.step():
-                self.texts[int(output.request_id)] += output.outputs[0].token_ids
+                texts[int(output.request_id)] += output.outputs[0].token_ids
                 generated += len(output.outputs[0].token_ids)
                 alive -= output.finished
             if rate is None and not waiting and alive < places:
                 rate = generated / (time.perf_counter() - begin)
         assert rate is not None
         self.rates.append(rate)
+        self.texts += texts
         self.generated += generated
         self.drafted += self.engine.drafted - drafted
         self.accepted += self.engine.accepted - accepted
@@ -110,27 +112,30 @@ class Contender:
         """The same, with nothing behind it."""
         return Contender(self.name, self.engine, self.longest)
 
-    def speed_up(self, off: "Contender") -> float:
-        """The median, over the turn of `off` at the same time."""
-        return median(a / b for a, b in zip(self.rates, off.rates, strict=True))
+    @property
+    def rate(self) -> float:
+        """Tokens a second, of all turns."""
+        return harmonic_mean(self.rates)
 
     def figures(self, off: "Contender") -> dict[str, Any]:
         """What it did, beside one that drafts nothing."""
         same = sum(a == b for a, b in zip(self.texts, off.texts, strict=True))
         return {
-            "tokens_per_second": round(median(self.rates), 1),
-            "speed_up": round(self.speed_up(off), 3),
-            "fastest_to_slowest": round(max(self.rates) / min(self.rates), 2),
+            "tokens_per_second": round(self.rate, 1),
+            "speed_up": round(self.rate / off.rate, 3),
+            "by_turn": [round(a / b, 2) for a, b in zip(self.rates, off.rates, strict=True)],
             "accepted_of_drafted": round(self.accepted / self.drafted, 3) if self.drafted else None,
             "drafted_a_token": round(self.drafted / self.generated, 2),
             "same_output": f"{same} of {len(self.texts)}",
         }
 
 
-def take_turns(contenders: list[Contender], repeats: int, places: int, requests: list[Request]) -> Iterator[Contender]:
-    """As many turns of each, another one first each time; yields whose turn comes."""
-    for repeat in range(repeats):
-        first = repeat % len(contenders)
+def take_turns(
+    contenders: list[Contender], turns: Iterable[tuple[int, list[Request]]], tell: Callable[[Contender], None]
+) -> None:
+    """All of them take each turn, another one first each time; `tell` hears whose turn it is."""
+    for number, (places, requests) in enumerate(turns):
+        first = number % len(contenders)
         for contender in contenders[first:] + contenders[:first]:
-            yield contender
+            tell(contender)
             contender.turn(places, requests)

@@ -11,6 +11,7 @@ their prompt, except those of the two turning classes, of which some tokens lead
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +27,10 @@ TURN_EVERY = 64
 """One in so many tokens of a turning class is followed by one of the other turning class."""
 GROWTH, ADDED = 8.0, 3.8
 """How much more the last layer adds than the first one, and all of them beside a token's own identity, of size 1."""
+STAY = 0.6
+"""How much of an embedding says which class comes next. With less, what later layers add leads into another one."""
 CALIBRATION_TOKENS = 512
-CALIBRATION_ROUNDS = 12
+CALIBRATION_ROUNDS, CORRECTIONS, CHECKS = 12, 2, 4
 
 
 @dataclass(frozen=True)
@@ -117,15 +120,16 @@ class Synthetic:
 
     def embed(self, sizes: torch.Tensor) -> None:
         """Give each token's embedding its size, [vocabulary]."""
-        embedding = sizes.unsqueeze(1) * self.directions + 1.0 * self.identities + 0.25 * self.classes[self.leads_to]
+        embedding = sizes.unsqueeze(1) * self.directions + self.identities + STAY * self.classes[self.leads_to]
         self.model.model.embed_tokens.weight.data.copy_(embedding)
 
     @torch.inference_mode()
-    def agreement(self, tokens: torch.Tensor, exit: int) -> torch.Tensor:
-        """Where the exit's most probable token is the last layer's, [tokens] bool."""
+    def agreement(self, tokens: torch.Tensor, exits: Sequence[int]) -> torch.Tensor:
+        """Where each exit's most probable token is the last layer's, [tokens, exits] float32."""
         output = self.model.model(tokens.unsqueeze(0), output_hidden_states=True, use_cache=False)
-        early = self.model.lm_head(self.model.model.norm(output.hidden_states[exit][0])).argmax(-1)
-        return early == self.model.lm_head(output.last_hidden_state[0]).argmax(-1)
+        last = self.model.lm_head(output.last_hidden_state[0]).argmax(-1)
+        states = (self.model.model.norm(output.hidden_states[depth][0]) for depth in exits)
+        return torch.stack([self.model.lm_head(state).argmax(-1) == last for state in states], 1).float()
 
 
 def calibrate(synthetic: Synthetic, name: str, rate: float, exit: int) -> float:
@@ -139,7 +143,7 @@ def calibrate(synthetic: Synthetic, name: str, rate: float, exit: int) -> float:
         sizes = 10 ** -(2 * torch.rand(vocab, generator=synthetic.random))
         synthetic.embed(sizes)
         tokens = draw(synthetic, name)
-        seen.append(torch.stack((sizes[tokens], synthetic.agreement(tokens, exit).float())))
+        seen.append(torch.stack((sizes[tokens], synthetic.agreement(tokens, [exit])[:, 0])))
     size, agrees = torch.cat(seen, 1)
     order = size.argsort()
     size, agrees = size[order], agrees[order]
@@ -148,7 +152,19 @@ def calibrate(synthetic: Synthetic, name: str, rate: float, exit: int) -> float:
     mean = agrees.unfold(0, window, 1).mean(1)
     steady = (mean.cummax(0).values + mean.flip(0).cummin(0).values.flip(0)) / 2
     centre = size[window // 2 :][: len(steady)]
-    return float(centre[(steady - rate).abs().argmin()])
+    aim, best = rate, 0.0
+    for _ in range(CORRECTIONS + 1):
+        best = float(centre[(steady - aim).abs().argmin()])
+        # What it comes to where all tokens are of this size.
+        synthetic.embed(torch.full((vocab,), best))
+        aim += rate - measure(synthetic, name, [exit])[0]
+    return best
+
+
+def measure(synthetic: Synthetic, name: str, exits: Sequence[int]) -> list[float]:
+    """How often each exit agrees on tokens of a class."""
+    texts = [synthetic.agreement(draw(synthetic, name), exits) for _ in range(CHECKS)]
+    return torch.cat(texts).mean(0).tolist()
 
 
 def draw(synthetic: Synthetic, name: str) -> torch.Tensor:
@@ -167,9 +183,8 @@ def make(shape: Shape, wanted: dict[str, float], exit: int, out: Path, seed: int
     synthetic.embed(sizes)
     measured: dict[str, dict[str, float]] = {}
     for name in wanted:
-        tokens = draw(synthetic, name)
         exits = sorted({1, 2, exit, exit + 2, shape.num_hidden_layers // 2, shape.num_hidden_layers - 1})
-        measured[name] = {str(depth): float(synthetic.agreement(tokens, depth).float().mean()) for depth in exits}
+        measured[name] = dict(zip(map(str, exits), measure(synthetic, name, exits), strict=True))
     out.mkdir(parents=True, exist_ok=True)
     synthetic.model.save_pretrained(out)
     _tokenizer(shape.vocab_size).save_pretrained(out)

@@ -18,6 +18,7 @@ RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 ATTENTION = "vllm.v1.worker.gpu.attn_utils"
+EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 
 
 def at(place: str) -> Any:

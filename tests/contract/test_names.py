@@ -15,6 +15,7 @@ from tests.contract import source
 from tests.contract.places import (
     ATTENTION,
     CLASS_IDS,
+    EMBEDDING,
     OUR_CLASSES,
     PROPOSER,
     RUNNER_V1,
@@ -90,6 +91,7 @@ class TestFunctions:
             ),
             (f"{SPECULATOR}._build_uniform_batch_dp_sync", "self target_dp_sync_state num_reqs"),
             ("vllm.v1.worker.block_table:BlockTable.get_device_tensor", "self num_reqs"),
+            ("vllm.distributed:tensor_model_parallel_all_gather", "input_ dim"),
             (
                 "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
                 "self target_model_config target_parallel_config",
@@ -210,6 +212,17 @@ class TestAttributes:
                 "engine/speculator.py",
             ),
             ("vllm.v1.worker.gpu.dp_utils:DPSyncState", "num_tokens_across_dp", "engine/speculator.py"),
+            (f"{EMBEDDING}:ParallelLMHead", "quant_method bias shard_indices", "engine/head.py"),
+            (
+                f"{EMBEDDING}:VocabParallelEmbeddingShardIndices",
+                "num_added_elements num_org_elements org_vocab_start_index",
+                "engine/head.py",
+            ),
+            (
+                "vllm.model_executor.layers.logits_processor:LogitsProcessor",
+                "soft_cap scale head_dtype",
+                "engine/head.py",
+            ),
         ],
     )
     def test_exist(self, cls: str, names: str, used_by: str):

@@ -30,7 +30,8 @@ def test_made_anew_when_due_or_for_others() -> None:
     mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
     costs, limit = mine.planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
     mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs)
-    mine.statistics._pool[:, 0] = 99.0  # so that drafting pays
+    # So that drafting pays.
+    mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.99).double()  # type: ignore[method-assign]
     made = []
     original = mine._choose
     mine._choose = lambda *args: made.append(1) or original(*args)  # type: ignore[func-returns-value, method-assign]

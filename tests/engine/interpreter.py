@@ -20,6 +20,7 @@ def use_triton_interpreter() -> None:
 
     backends["cpu"] = SimpleNamespace(compiler=None, driver=_NoDriver)
     _patch_the_language_once()
+    _multiply_bfloat16()
 
 
 def _patch_the_language_once() -> None:
@@ -36,6 +37,25 @@ def _patch_the_language_once() -> None:
         return patch(function)
 
     interpreter._patch_lang = patch_unless_patched
+
+
+def _multiply_bfloat16() -> None:
+    """The interpreter holds bfloat16 as whole numbers of 16 bits, and its `tl.dot` would multiply these."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 def avoid_uninterpretable_kernels() -> None:

@@ -1,6 +1,8 @@
-"""`advance_rows` against the same thing said in plain Python, one row at a time."""
+"""`advance_rows` against the same thing in plain Python, one row at a time, and its kernel against the reference."""
 
 import random
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_del.kernels.advance_rows import PAD_SLOT, advance_rows
+
+from tests.kernels.conftest import OnTriton
 
 GARBAGE = -987_654
 
@@ -25,8 +29,8 @@ class Rows:
     seq_lens: torch.Tensor
     slots: torch.Tensor
 
-    def advance(self) -> None:
-        advance_rows(
+    def advance(self, operation: Callable[..., None] = advance_rows) -> None:
+        operation(
             self.positions[: self.num_rows],
             self.seq_lens[: self.num_rows],
             self.live[: self.num_rows],
@@ -199,3 +203,40 @@ def test_groups_must_match():
     rows.block_sizes = [16]
     with pytest.raises(ValueError, match="zip"):
         rows.advance()
+
+
+def advanced_by_the_kernel(device: str, rows: Rows, num_steps: int) -> Rows:
+    from vllm_del.kernels.advance_rows import triton
+
+    rows.positions, rows.live = rows.positions.to(device), rows.live.to(device)
+    rows.seq_lens, rows.slots = rows.seq_lens.to(device), rows.slots.to(device)
+    rows.block_tables = [table.to(device) for table in rows.block_tables]
+    for _ in range(num_steps):
+        rows.advance(triton.advance_rows)
+    return rows
+
+
+def check_kernel(on_triton: OnTriton, rows: Rows, num_steps: int) -> None:
+    given = on_triton(advanced_by_the_kernel, deepcopy(rows), num_steps)
+    for _ in range(num_steps):
+        rows.advance()
+    for name in ("positions", "live", "seq_lens", "slots"):
+        assert torch.equal(getattr(given, name).cpu(), getattr(rows, name)), name
+
+
+@given(rows=any_rows(), num_steps=st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_the_kernel_equals_the_reference(on_triton: OnTriton, rows: Rows, num_steps: int):
+    check_kernel(on_triton, rows, num_steps)
+
+
+def test_the_kernel_with_many_rows(on_triton: OnTriton):
+    """More than one program has."""
+    check_kernel(on_triton, make_rows(100, [16, 8], [(i % 103 - 1, i % 3 > 0) for i in range(300)], 3), 2)
+
+
+def test_the_kernel_in_a_large_cache(on_triton: OnTriton):
+    rows = make_rows(max_model_len=1024, block_sizes=[1024], rows=[(1022, True)])
+    rows.block_tables[0].fill_(2**31 - 1)
+    check_kernel(on_triton, rows, 1)
+    assert rows.slots.item() == (2**31 - 1) * 1024 + 1023

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from vllm_del.draft.head import ExitHead
+from vllm_del.draft.head import Head
 from vllm_del.draft.network import Layers
 from vllm_del.kernels.advance_rows import advance_rows
 
@@ -138,7 +138,7 @@ AttentionContext = Callable[[int, DraftRows], AbstractContextManager[None]]
 
 def draft(
     segments: Sequence[Callable[..., Layers]],
-    head: ExitHead,
+    head: Head,
     rows: DraftRows,
     plan: Plan,
     attention: AttentionContext,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_del.draft.head import ExitHead
+from vllm_del.draft.head import Head
 from vllm_del.policy.cost import SHADOW_ROWS, CostTables
 
 PROMPT_POSITIONS = 32
@@ -29,7 +29,7 @@ class ShadowScorer:
     def __init__(
         self,
         read_out: Callable[[torch.Tensor], torch.Tensor],
-        head: ExitHead,
+        head: Head,
         # None: everything is scored, whatever it costs
         costs: CostTables | None,
         # of a verification's time, the part that may go into scoring

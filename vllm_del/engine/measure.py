@@ -7,7 +7,7 @@ together, and all take the first rank's figures, so that they plan alike.
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 5
+FORMAT = 6
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -110,14 +110,15 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         """Of a draft step to the first exit, and to the last one."""
         return [_seconds(rehearsal.drafting(rows, n, near)) / rehearsal.steps for n in (1, len(exits))]
 
-    head_rows, head = _table(max(SHADOW_ROWS, config.max_num_seqs), head_seconds)
-    rows, steps = _table(config.max_num_seqs, draft_seconds)
+    # Few places, so that the time for them goes up to the most.
+    head_rows, head = _table(_places(max(SHADOW_ROWS, config.max_num_seqs), factor=4), head_seconds)
+    rows, steps = _table(_places(config.max_num_seqs), draft_seconds)
     heads = np.interp(rows, head_rows, head)
     shallow, deep = np.maximum(np.transpose(steps) - heads, np.transpose(steps) / 10)
     step, layer = split_steps(shallow, deep, exits)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
-    tokens, verify = _table(most, lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
+    tokens, verify = _table(_places(most), lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
     measured = MeasuredCosts(
         step=step,
         rows=tuple(rows),
@@ -150,26 +151,26 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     )
 
 
-def _table(most: int, seconds: Callable) -> tuple[list[int], list]:
-    """`seconds(n)` at growing n up to `most`, as far as the time for it goes."""
-    places, values = [], []
+def _table(places: Iterable[int], seconds: Callable) -> tuple[list[int], list]:
+    """`seconds(n)` at each of the growing `places`, as far as the time for it goes."""
+    done, values = [], []
     begin = time.perf_counter()
-    for place in _places(most):
-        places.append(place)
+    for place in places:
+        done.append(place)
         values.append(seconds(place))
         if get_tp_group().broadcast_object(time.perf_counter() - begin, src=0) > LONGEST_SECONDS:
             break
-    return places, values
+    return done, values
 
 
-def _places(most: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`."""
+def _places(most: int, factor: int = 2) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`; with another factor 1 and its powers."""
     place = 1
     while place < most:
         yield place
-        if place >= 2 and place + place // 2 < most:
+        if factor == 2 <= place and place + place // 2 < most:
             yield place + place // 2
-        place *= 2
+        place *= factor
     yield most
 
 

@@ -20,11 +20,11 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 
 from vllm_del.config import DelConfig
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
-from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
+from vllm_del.engine.head import make_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
@@ -54,7 +54,7 @@ class DelProposer(DraftModelProposer):
         assert isinstance(config, DelConfig)
         self.model = EarlyExitNetwork.from_target(target_model)
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        self.head = ExitHead(target_model)
+        self.head = make_head(target_model)
         # Until costs are measured.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_tokens)
         self._draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])

@@ -9,7 +9,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 
-from vllm_del.draft.head import ExitHead
+from vllm_del.draft.head import Head
 from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
 from vllm_del.draft.network import EarlyExitNetwork, Layers
 from vllm_del.kernels.advance_rows import PAD_SLOT
@@ -29,7 +29,7 @@ class Rehearsal:
         vllm_config: VllmConfig,
         network: EarlyExitNetwork,
         segments: Sequence[Callable[..., Layers]],
-        head: ExitHead,
+        head: Head,
         draft_layers: set[str],
         kv_cache_config: KVCacheConfig,
         # of each KV cache group's block table: blocks in a row, and tokens in a block

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Pace, Stopwatch
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
-from vllm_del.draft.head import ExitHead
+from vllm_del.draft.head import Head
 from vllm_del.draft.network import EarlyExitNetwork, Layers
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.engine.layers import early_attention_layers
@@ -40,7 +40,7 @@ class Drafter(Protocol):
     vllm_config: VllmConfig
     model: EarlyExitNetwork
     segments: list[Callable[..., Layers]]
-    head: ExitHead
+    head: Head
     kv_cache_config: KVCacheConfig
     slots_of: Slots
     device: torch.device

@@ -24,12 +24,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Late
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
-from vllm_del.draft.head import ExitHead
 from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
+from vllm_del.engine.head import make_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
@@ -64,7 +64,7 @@ class DelSpeculator(DraftModelSpeculator):
         assert isinstance(config, DelConfig)
         self.model = self.load_draft_model(target_model, set())
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        self.head = ExitHead(target_model)
+        self.head = make_head(target_model)
         # Until costs are measured: vLLM warms up with requests that it makes up.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_steps)
         self.draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])

@@ -8,11 +8,10 @@ Rows live in slots, as vLLM's persistent batch does. All of it stays on the mode
 
 import torch
 
+from vllm_del.policy.population import Population, fading
+
 DECAY = 0.95
 """omega of the paper: what is left of a count after a round. The memory is some 20 rounds."""
-
-PRIOR_COUNT = 12.0
-"""How many observations the mean over all sequences is worth where a sequence has its own."""
 
 ENOUGH = 8.0
 """Observations below which nothing is read from their confidence but its means."""
@@ -31,8 +30,7 @@ class AcceptanceStatistics:
         self._confidence = torch.zeros_like(self._counts)
         # [slots, exits]: of the squares of confidence
         self._squares = torch.zeros(num_slots, num_exits, dtype=torch.float64, device=device)
-        # [exits, 2]: of all sequences together. Even odds until something has been seen.
-        self._pool = torch.full((num_exits, 2), 0.5, dtype=torch.float64, device=device)
+        self._population = Population(num_exits, device)
 
     def reset(
         self,
@@ -67,24 +65,12 @@ class AcceptanceStatistics:
         # [rounds, rows, exits, 2] twice, and [rounds, rows, exits]
         counts, sums = outcome.sum(2), torch.where(outcome, seen.unsqueeze(-1), 0).sum(2)
         in_round = scored.any(2)
-        kept, weight = self._fading(in_round)
-        self._counts[slots] = self._counts[slots] * kept.unsqueeze(-1) + (counts * weight.unsqueeze(-1)).sum(0)
+        kept, weight = fading(in_round, self.decay)
+        before = self._counts[slots]
+        self._population.observe(counts.double(), before)
+        self._counts[slots] = before * kept.unsqueeze(-1) + (counts * weight.unsqueeze(-1)).sum(0)
         self._confidence[slots] = self._confidence[slots] * kept.unsqueeze(-1) + (sums * weight.unsqueeze(-1)).sum(0)
         self._squares[slots] = self._squares[slots] * kept + (seen.square().sum(2) * weight).sum(0)
-        # As many rounds of memory for all sequences together as for each one.
-        kept, weight = self._fading(in_round.any(1))
-        self._pool.mul_(kept.unsqueeze(-1)).add_((counts.sum(1) * weight.unsqueeze(-1)).sum(0))
-
-    def _fading(
-        self,
-        # [rounds, ...] bool: whether anything was scored in a round
-        scored: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is left of what was before these rounds, [...], and of each of them, [rounds, ...]: float64."""
-        since = scored.flip(0).cumsum(0).flip(0)
-        faded = self.decay ** since.to(self._counts.dtype)
-        # A round does not fade by itself.
-        return faded[0], faded / self.decay
 
     def take_totals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts and sums of confidence over all slots, [exits, 2] float64 each, matches first; all slots are reset."""
@@ -109,13 +95,11 @@ class AcceptanceStatistics:
     ) -> torch.Tensor:
         """The acceptance rate of each exit as the server knows it, [rows, exits] float64: never NaN.
 
-        A sequence's own counts and, as if it had seen `PRIOR_COUNT` more, the mean over all sequences. Then as exits
-        go: a deeper one agrees with the target no less, and what says otherwise is noise (isotonic regression, by the
-        counts).
+        A sequence's own counts, and the mean over all sequences for as much as it is worth (`Population`). Then as
+        exits go: a deeper one agrees with the target no less, and what says otherwise is noise (isotonic regression, by
+        the counts).
         """
-        counts = self._counts[slots]
-        prior = self._pool[:, 0] / self._pool.sum(-1)
-        return rising(counts[..., 0] + PRIOR_COUNT * prior, counts.sum(-1) + PRIOR_COUNT)
+        return rising(*self._population.estimate(self._counts[slots]))
 
     def stop_below(
         self,

@@ -1,0 +1,10 @@
+"""RMS norm, LM head and argmax of a draft step, with the sum of exponentials, in one pass and without logits."""
+
+from vllm_del.kernels.backend import by_device
+
+from . import reference
+from .reference import HeadTokens, merge
+
+__all__ = ["HeadTokens", "exit_head", "merge"]
+
+exit_head = by_device(reference.exit_head)

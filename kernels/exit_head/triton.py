@@ -1,0 +1,270 @@
+"""`exit_head` in Triton: one pass over the LM head, and no logits in memory.
+
+At 128k x 4096 in bfloat16 the head is 1 GB, read in every draft step, while the states of 16 rows are 128 KB: so the
+vocabulary is split among the programs, each reads its part of the weight once for all rows, and keeps for each row
+only the best token so far and the running sum of exponentials (the online softmax of Milakov and Gimelshein,
+arXiv 1805.02867). A second, small launch merges the parts. Norm, soft-cap, scales, shortlist and noise are applied on
+the way. What is not asked for is not compiled in.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .reference import SMALL, SMALLEST, HeadTokens
+
+ROWS = 16
+"""Rows that a program computes together: the least that tensor cores take. A larger batch reads the weight again for
+each 64 of them."""
+
+MOST_ROWS = 64
+
+BLOCK_TOKENS, BLOCK_HIDDEN = 64, 128
+"""What a program reads of the weight at once. Not measured on a GPU yet."""
+
+PROGRAMS_PER_PROCESSOR = 4
+
+_NO_TOKEN = tl.constexpr(2**62)
+_SMALL = tl.constexpr(SMALL)
+_SMALLEST = tl.constexpr(SMALLEST)
+
+
+def exit_head(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+    soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+    row_scales: torch.Tensor | None = None,
+    shortlist: torch.Tensor | None = None,
+    first_token: int = 0,
+    temperature: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+) -> HeadTokens:
+    """See the reference. Accumulates in float32; with a norm, rounds its result to the type of `states`."""
+    num_rows, hidden_size = states.shape
+    vocabulary = len(weight) if shortlist is None else len(shortlist)
+    device = states.device
+    rows = min(MOST_ROWS, max(ROWS, triton.next_power_of_2(num_rows)))
+    row_tiles = triton.cdiv(num_rows, rows)
+    blocks = triton.cdiv(vocabulary, BLOCK_TOKENS)
+    parts = min(blocks, max(1, PROGRAMS_PER_PROCESSOR * _processors(device) // max(row_tiles, 1)))
+    blocks_a_part = triton.cdiv(blocks, parts)
+    parts = triton.cdiv(blocks, blocks_a_part)
+
+    def empty(*shape: int) -> HeadTokens:
+        token = torch.empty(shape, dtype=torch.int64, device=device)
+        return HeadTokens(token, *torch.empty(3, *shape, dtype=torch.float32, device=device))
+
+    merged = empty(num_rows)
+    if num_rows == 0:
+        return merged
+    of_parts = empty(parts, num_rows)
+    is_sampled = temperature is not None and seeds is not None
+    _read_part[(parts, row_tiles)](
+        states,
+        weight,
+        norm_weight,
+        row_scales,
+        shortlist,
+        temperature,
+        seeds,
+        *of_parts,
+        num_rows,
+        hidden_size,
+        vocabulary,
+        states.stride(0),
+        weight.stride(0),
+        first_token,
+        blocks_a_part,
+        epsilon,
+        1.0 if soft_cap is None else soft_cap,
+        logit_scale,
+        HAS_NORM=norm_weight is not None,
+        HAS_SOFT_CAP=soft_cap is not None,
+        HAS_ROW_SCALES=row_scales is not None,
+        HAS_SHORTLIST=shortlist is not None,
+        IS_SAMPLED=is_sampled,
+        ROWS=rows,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_HIDDEN=BLOCK_HIDDEN,
+        # TensorFloat-32 would round the logits of a float32 model to 10 bits.
+        PRECISION="ieee" if states.dtype == torch.float32 else "tf32",
+    )
+    _merge_parts[(num_rows,)](*of_parts, *merged, parts, num_rows, PARTS=triton.next_power_of_2(parts))
+    return merged
+
+
+def _processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; in the interpreter one, which still makes parts to merge."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def _read_part(
+    states,
+    weight,
+    norm_weight,
+    row_scales,
+    shortlist,
+    temperature,
+    seeds,
+    # [parts, rows] each
+    token_out,
+    score_out,
+    logit_out,
+    log_sum_out,
+    num_rows,
+    hidden_size,
+    vocabulary,
+    states_stride,
+    weight_stride,
+    first_token,
+    blocks_a_part,
+    epsilon,
+    soft_cap,
+    logit_scale,
+    HAS_NORM: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_ROW_SCALES: tl.constexpr,
+    HAS_SHORTLIST: tl.constexpr,
+    IS_SAMPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The best token and the sum of exponentials of `ROWS` rows over `blocks_a_part` blocks of the vocabulary."""
+    part = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    states_row = states + row.to(tl.int64) * states_stride
+    block_hidden = tl.arange(0, BLOCK_HIDDEN)
+
+    shrink = tl.full((ROWS,), 1.0, tl.float32)
+    if HAS_NORM:
+        squares = tl.zeros((ROWS,), tl.float32)
+        for begin in range(0, hidden_size, BLOCK_HIDDEN):
+            at = begin + block_hidden
+            inside = is_row[:, None] & (at < hidden_size)[None, :]
+            values = tl.load(states_row[:, None] + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            squares += tl.sum(values * values, 1)
+        shrink = tl.rsqrt(squares / hidden_size + epsilon)
+
+    best_token = tl.full((ROWS,), _NO_TOKEN, tl.int64)
+    best_score = tl.full((ROWS,), float("-inf"), tl.float32)
+    best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for block in range(blocks_a_part):
+        place = (part * blocks_a_part + block) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+        is_token = place < vocabulary
+        # In 64 bits: a head may have more than 2^31 elements.
+        weight_row = place.to(tl.int64)
+        if HAS_SHORTLIST:
+            weight_row = tl.load(shortlist + place, mask=is_token, other=0)
+        weight_at = weight + weight_row * weight_stride
+        logits = tl.zeros((ROWS, BLOCK_TOKENS), tl.float32)
+        for begin in range(0, hidden_size, BLOCK_HIDDEN):
+            at = begin + block_hidden
+            in_hidden = at < hidden_size
+            values = tl.load(states_row[:, None] + at[None, :], mask=is_row[:, None] & in_hidden[None, :], other=0.0)
+            if HAS_NORM:
+                scale = tl.load(norm_weight + at, mask=in_hidden, other=0.0).to(tl.float32)
+                values = (values.to(tl.float32) * shrink[:, None] * scale[None, :]).to(states.dtype.element_ty)
+            head = tl.load(weight_at[None, :] + at[:, None], mask=is_token[None, :] & in_hidden[:, None], other=0.0)
+            logits = tl.dot(values, head.to(values.dtype), acc=logits, input_precision=PRECISION)
+        if HAS_ROW_SCALES:
+            logits *= tl.load(row_scales + weight_row, mask=is_token, other=0)[None, :]
+        if HAS_SOFT_CAP:
+            # tanh by an exponential that cannot overflow
+            shrunk = tl.exp(-2 * tl.abs(logits) / soft_cap)
+            capped = soft_cap * (1 - shrunk) / (1 + shrunk)
+            logits = tl.where(logits < 0, -capped, tl.where(logits == logits, capped, logits))
+        logits *= logit_scale
+        token = weight_row + first_token
+        scores = logits
+        if IS_SAMPLED:
+            heat = tl.load(temperature + row, mask=is_row, other=0)
+            logits = logits / tl.where(heat == 0, 1.0, heat)[:, None]
+            seed = tl.load(seeds + row, mask=is_row, other=0)
+            u = tl.maximum(tl.rand(seed[:, None], token[None, :]), _SMALLEST)
+            waited = tl.where(u < _SMALL, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - u))
+            scores = tl.where(heat[:, None] == 0, logits, logits - tl.log(waited))
+        logits = tl.where(is_token[None, :], logits, float("-inf"))
+        scores = tl.where(is_token[None, :], scores, float("-inf"))
+
+        # The first of equals; NaN is larger than anything.
+        is_nan = scores != scores
+        any_nan = tl.max(is_nan.to(tl.int32), 1) > 0
+        score = tl.max(tl.where(is_nan, float("-inf"), scores), 1)
+        is_best = tl.where(any_nan[:, None], is_nan, scores == score[:, None])
+        first = tl.min(tl.where(is_best & is_token[None, :], token[None, :], _NO_TOKEN), 1)
+        # Not by a product with a mask: there may be infinities.
+        logit = tl.max(tl.where(token[None, :] == first[:, None], logits, float("-inf")), 1)
+        score = tl.where(any_nan, float("nan"), score)
+        logit = tl.where(any_nan, float("nan"), logit)
+        has_nan = best_score != best_score
+        better = ~has_nan & (any_nan | (score > best_score) | (best_token == _NO_TOKEN))
+        best_token = tl.where(better, first, best_token)
+        best_score = tl.where(better, score, best_score)
+        best_logit = tl.where(better, logit, best_logit)
+
+        now_largest = tl.maximum(largest, tl.max(tl.where(logits != logits, float("-inf"), logits), 1))
+        base = _finite(now_largest)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+        largest = now_largest
+
+    out = part.to(tl.int64) * num_rows + row
+    base = _finite(largest)
+    tl.store(token_out + out, best_token, mask=is_row)
+    tl.store(score_out + out, best_score, mask=is_row)
+    tl.store(logit_out + out, best_logit, mask=is_row)
+    tl.store(log_sum_out + out, base + tl.log(total), mask=is_row)
+
+
+@triton.jit
+def _finite(largest):
+    """What to subtract before the exponential: nothing of an infinity, which would leave NaN."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@triton.jit
+def _merge_parts(
+    # [parts, rows] each
+    token_in,
+    score_in,
+    logit_in,
+    log_sum_in,
+    # [rows] each
+    token_out,
+    score_out,
+    logit_out,
+    log_sum_out,
+    num_parts,
+    num_rows,
+    PARTS: tl.constexpr,
+):
+    """The best of the parts of one row, and the sum of their exponentials."""
+    row = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    is_part = part < num_parts
+    at = part.to(tl.int64) * num_rows + row
+    token = tl.load(token_in + at, mask=is_part, other=_NO_TOKEN)
+    scores = tl.load(score_in + at, mask=is_part, other=float("-inf"))
+    logits = tl.load(logit_in + at, mask=is_part, other=float("-inf"))
+    log_sums = tl.load(log_sum_in + at, mask=is_part, other=float("-inf"))
+
+    is_nan = scores != scores
+    any_nan = tl.max(is_nan.to(tl.int32), 0) > 0
+    score = tl.max(tl.where(is_nan, float("-inf"), scores), 0)
+    is_best = tl.where(any_nan, is_nan, scores == score)
+    first = tl.min(tl.where(is_best & is_part, token, _NO_TOKEN), 0)
+    logit = tl.max(tl.where(token == first, logits, float("-inf")), 0)
+    tl.store(token_out + row, first)
+    tl.store(score_out + row, tl.where(any_nan, float("nan"), score))
+    tl.store(logit_out + row, tl.where(any_nan, float("nan"), logit))
+    largest = tl.max(tl.where(log_sums != log_sums, float("-inf"), log_sums), 0)
+    base = _finite(largest)
+    tl.store(log_sum_out + row, base + tl.log(tl.sum(tl.exp(log_sums - base), 0)))

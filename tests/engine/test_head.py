@@ -1,0 +1,59 @@
+"""Which head drafts: the kernel on V2 where it says what the model says, the model's own everywhere else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import host as engines
+from tests.engine.checkpoints import checkpoint
+from tests.engine.host import Host
+from tests.engine.test_drafts import drafter_of
+
+SPEC = {"method": "del", "del_policy": "fixed", "del_exit_layers": 2, "num_speculative_tokens": 3}
+
+pytestmark = pytest.mark.engine
+
+
+def _drafter(model: str) -> Any:
+    return drafter_of(engines._engine(model, SPEC, {}))
+
+
+def _kind(model: str) -> str:
+    return type(_drafter(model).head).__name__
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2"])
+def test_fused_where_triton_runs(host: Host, checkpoints: Path, architecture: str) -> None:
+    """Whether its tokens are right is seen by what is drafted, see test_drafts.py."""
+    expected = {"v1": "LogitsHead", "v2": "FusedHead"}
+    assert host.call(_kind, checkpoint(checkpoints, architecture)) == expected[host.runner]
+
+
+def _kinds_of_changed_models(model: str) -> dict[str, str]:
+    """What is chosen for models that do something else to their logits."""
+    from vllm_del.engine.head import make_head
+
+    target = _drafter(model).model.target
+    plain = target.compute_logits
+    changed = {
+        "as it is": plain,
+        "scaled": lambda states: plain(states) * 0.5,
+        "shifted": lambda states: plain(states).roll(1, -1),
+    }
+    kinds = {}
+    for name, compute_logits in changed.items():
+        target.compute_logits = compute_logits
+        kinds[name] = type(make_head(target)).__name__
+    del target.compute_logits
+    target.logits_processor.head_dtype, dtype = torch.float64, target.logits_processor.head_dtype
+    kinds["wider"] = type(make_head(target)).__name__
+    target.logits_processor.head_dtype = dtype
+    return kinds
+
+
+@pytest.mark.parametrize("host", ["v2"], indirect=True)
+def test_not_fused_where_the_model_says_something_else(host: Host, checkpoints: Path) -> None:
+    kinds = host.call(_kinds_of_changed_models, checkpoint(checkpoints, "llama"))
+    assert kinds == {"as it is": "FusedHead", "scaled": "LogitsHead", "shifted": "LogitsHead", "wider": "LogitsHead"}
