@@ -7,9 +7,10 @@
 All engines are started first, and contenders take turns with every workload, short ones and each time another first,
 so that a machine that is slower for a while is slower for all of them. An engine is kept full, as a busy server is: as
 one sequence ends another begins. Every turn has texts of its own, the same ones for all. Fixed pairs are many: all of
-them run heats, and the best ones the final, which alone counts. Outputs are compared with those without drafts (in
-bfloat16 near-ties may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy
-it is, or the demo model, which continues files that it was not trained on.
+them run heats, and the best ones the final, which alone counts; the best of these is compared with, which flatters it a
+little. The dynamic policy goes on from one workload to the next with what it has learnt, as in a server. Outputs are
+compared with those without drafts (in bfloat16 near-ties may differ, and how often is said). The model is one of
+`synthetic.py`, whose prompts choose how easy it is, or the demo model, which continues files it was not trained on.
 """
 
 import json
@@ -127,11 +128,14 @@ def main(
     about = json.loads((model / "synthetic.json").read_text()) if (model / "synthetic.json").exists() else {}
     settings = {
         "dtype": dtype,
+        "eager": eager,
         "tokens": tokens,
-        "heats": heats,
-        "repeats": repeats,
         "exits": exits,
         "longest": longest,
+        "fixed": fixed,
+        "heats": heats,
+        "finalists": finalists,
+        "repeats": repeats,
     }
     found: dict[str, Any] = {}
     results = {

@@ -114,7 +114,7 @@ class Contender:
 
     @property
     def rate(self) -> float:
-        """Tokens a second, of all turns."""
+        """Tokens a second: the harmonic mean of the turns."""
         return harmonic_mean(self.rates)
 
     def figures(self, off: "Contender") -> dict[str, Any]:

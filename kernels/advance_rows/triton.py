@@ -44,7 +44,8 @@ def advance_rows(
     )
 
 
-@triton.jit
+# Batches of other sizes must not be compiled for while serving.
+@triton.jit(do_not_specialize=["num_rows"])
 def _advance(
     positions,
     seq_lens,

@@ -26,7 +26,7 @@ class HeadTokens(NamedTuple):
 def exit_head(
     # [rows, hidden size] bfloat16, float16 or float32: the norm's input, or what it gives if there is no `norm_weight`
     states: torch.Tensor,
-    # [vocabulary, hidden size], the type of `states` or float8_e4m3fn: the LM head, or a shard of it
+    # [vocabulary, hidden size], the type of `states`, or float8_e4m3fn (on GPUs that have it): the LM head or a shard
     weight: torch.Tensor,
     # [hidden size]: of the RMS norm before the head
     norm_weight: torch.Tensor | None = None,
@@ -65,7 +65,8 @@ def exit_head(
         logits = soft_cap * torch.tanh(logits / soft_cap)
     logits = logits * logit_scale
     tokens, scores = kept + first_token, logits
-    if temperature is not None and seeds is not None:
+    if seeds is not None:
+        assert temperature is not None
         greedy = (temperature == 0).unsqueeze(1)
         logits = logits / temperature.unsqueeze(1).masked_fill(greedy, 1)
         scores = torch.where(greedy, logits, logits + gumbel(seeds.unsqueeze(1), tokens.unsqueeze(0)))

@@ -4,8 +4,10 @@ At 128k x 4096 in bfloat16 the head is 1 GB, read in every draft step, while the
 vocabulary is split among the programs, each reads its part of the weight once for all rows, and keeps for each row
 only the best token so far and the running sum of exponentials (the online softmax of Milakov and Gimelshein,
 arXiv 1805.02867). A second, small launch merges the parts. Norm, soft-cap, scales, shortlist and noise are applied on
-the way. What is not asked for is not compiled in.
+the way. What is not asked for, as it is None, is not compiled in.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -19,10 +21,11 @@ each 64 of them."""
 
 MOST_ROWS = 64
 
-BLOCK_TOKENS, BLOCK_HIDDEN = 64, 128
-"""What a program reads of the weight at once. Not measured on a GPU yet."""
+BLOCK_TOKENS, BLOCK_BYTES = 64, 256
+"""What a program reads of the weight at once: of so many tokens so much. Not measured on a GPU yet."""
 
 PROGRAMS_PER_PROCESSOR = 4
+"""So many parts of the vocabulary for each multiprocessor: while one waits for memory others compute. Not measured."""
 
 _NO_TOKEN = tl.constexpr(2**62)
 _SMALL = tl.constexpr(SMALL)
@@ -49,8 +52,8 @@ def exit_head(
     rows = min(MOST_ROWS, max(ROWS, triton.next_power_of_2(num_rows)))
     row_tiles = triton.cdiv(num_rows, rows)
     blocks = triton.cdiv(vocabulary, BLOCK_TOKENS)
-    parts = min(blocks, max(1, PROGRAMS_PER_PROCESSOR * _processors(device) // max(row_tiles, 1)))
-    blocks_a_part = triton.cdiv(blocks, parts)
+    # The same for any number of rows: each other number of parts would be compiled apart.
+    blocks_a_part = triton.cdiv(blocks, PROGRAMS_PER_PROCESSOR * _processors(device))
     parts = triton.cdiv(blocks, blocks_a_part)
 
     def empty(*shape: int) -> HeadTokens:
@@ -61,8 +64,8 @@ def exit_head(
     if num_rows == 0:
         return merged
     of_parts = empty(parts, num_rows)
-    is_sampled = temperature is not None and seeds is not None
-    _read_part[(parts, row_tiles)](
+    # Tiles of rows that read the same part run side by side, and find it in the cache.
+    _read_part[(row_tiles, parts)](
         states,
         weight,
         norm_weight,
@@ -79,29 +82,25 @@ def exit_head(
         first_token,
         blocks_a_part,
         epsilon,
-        1.0 if soft_cap is None else soft_cap,
+        soft_cap,
         logit_scale,
-        HAS_NORM=norm_weight is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
-        HAS_ROW_SCALES=row_scales is not None,
-        HAS_SHORTLIST=shortlist is not None,
-        IS_SAMPLED=is_sampled,
         ROWS=rows,
         BLOCK_TOKENS=BLOCK_TOKENS,
-        BLOCK_HIDDEN=BLOCK_HIDDEN,
-        # TensorFloat-32 would round the logits of a float32 model to 10 bits.
-        PRECISION="ieee" if states.dtype == torch.float32 else "tf32",
+        # Of float32 there is less at once: its products need registers.
+        BLOCK_HIDDEN=BLOCK_BYTES // states.element_size() // (2 if states.dtype == torch.float32 else 1),
     )
     _merge_parts[(num_rows,)](*of_parts, *merged, parts, num_rows, PARTS=triton.next_power_of_2(parts))
     return merged
 
 
+@cache
 def _processors(device: torch.device) -> int:
     """The multiprocessors of a GPU; in the interpreter one, which still makes parts to merge."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit
+# Batches of other sizes must not be compiled for while serving.
+@triton.jit(do_not_specialize=["num_rows", "blocks_a_part", "first_token"])
 def _read_part(
     states,
     weight,
@@ -125,25 +124,19 @@ def _read_part(
     epsilon,
     soft_cap,
     logit_scale,
-    HAS_NORM: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_ROW_SCALES: tl.constexpr,
-    HAS_SHORTLIST: tl.constexpr,
-    IS_SAMPLED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The best token and the sum of exponentials of `ROWS` rows over `blocks_a_part` blocks of the vocabulary."""
-    part = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     states_row = states + row.to(tl.int64) * states_stride
     block_hidden = tl.arange(0, BLOCK_HIDDEN)
 
     shrink = tl.full((ROWS,), 1.0, tl.float32)
-    if HAS_NORM:
+    if norm_weight is not None:
         squares = tl.zeros((ROWS,), tl.float32)
         for begin in range(0, hidden_size, BLOCK_HIDDEN):
             at = begin + block_hidden
@@ -162,7 +155,7 @@ def _read_part(
         is_token = place < vocabulary
         # In 64 bits: a head may have more than 2^31 elements.
         weight_row = place.to(tl.int64)
-        if HAS_SHORTLIST:
+        if shortlist is not None:
             weight_row = tl.load(shortlist + place, mask=is_token, other=0)
         weight_at = weight + weight_row * weight_stride
         logits = tl.zeros((ROWS, BLOCK_TOKENS), tl.float32)
@@ -170,14 +163,15 @@ def _read_part(
             at = begin + block_hidden
             in_hidden = at < hidden_size
             values = tl.load(states_row[:, None] + at[None, :], mask=is_row[:, None] & in_hidden[None, :], other=0.0)
-            if HAS_NORM:
+            if norm_weight is not None:
                 scale = tl.load(norm_weight + at, mask=in_hidden, other=0.0).to(tl.float32)
                 values = (values.to(tl.float32) * shrink[:, None] * scale[None, :]).to(states.dtype.element_ty)
             head = tl.load(weight_at[None, :] + at[:, None], mask=is_token[None, :] & in_hidden[:, None], other=0.0)
-            logits = tl.dot(values, head.to(values.dtype), acc=logits, input_precision=PRECISION)
-        if HAS_ROW_SCALES:
+            # TensorFloat-32 would round the logits of a float32 model to 10 bits.
+            logits = tl.dot(values, head.to(values.dtype), acc=logits, input_precision="ieee")
+        if row_scales is not None:
             logits *= tl.load(row_scales + weight_row, mask=is_token, other=0)[None, :]
-        if HAS_SOFT_CAP:
+        if soft_cap is not None:
             # tanh by an exponential that cannot overflow
             shrunk = tl.exp(-2 * tl.abs(logits) / soft_cap)
             capped = soft_cap * (1 - shrunk) / (1 + shrunk)
@@ -185,7 +179,7 @@ def _read_part(
         logits *= logit_scale
         token = weight_row + first_token
         scores = logits
-        if IS_SAMPLED:
+        if seeds is not None:
             heat = tl.load(temperature + row, mask=is_row, other=0)
             logits = logits / tl.where(heat == 0, 1.0, heat)[:, None]
             seed = tl.load(seeds + row, mask=is_row, other=0)
@@ -230,7 +224,7 @@ def _finite(largest):
     return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "num_rows"])
 def _merge_parts(
     # [parts, rows] each
     token_in,

@@ -212,7 +212,7 @@ class TestAttributes:
                 "engine/speculator.py",
             ),
             ("vllm.v1.worker.gpu.dp_utils:DPSyncState", "num_tokens_across_dp", "engine/speculator.py"),
-            (f"{EMBEDDING}:ParallelLMHead", "quant_method bias shard_indices", "engine/head.py"),
+            (f"{EMBEDDING}:ParallelLMHead", "quant_method bias shard_indices tp_size", "engine/head.py"),
             (
                 f"{EMBEDDING}:VocabParallelEmbeddingShardIndices",
                 "num_added_elements num_org_elements org_vocab_start_index",

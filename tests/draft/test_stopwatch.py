@@ -66,8 +66,19 @@ def near(truth: Correction) -> Correction:
     return Correction(*(pytest.approx(value) for value in astuple(truth)))
 
 
-@pytest.mark.parametrize("truth", [Correction(1.5, 1.0, 4.0), Correction(0.7, 0.8), Correction(2.0)])
-def test_a_machine_is_learnt_and_forgotten(monkeypatch: pytest.MonkeyPatch, truth: Correction) -> None:
+@pytest.mark.parametrize(
+    ("truth", "usual_overhead"),
+    [
+        (Correction(1.5, 1.0, 4.0), 1e6),  # of a small model, beside whose rounds an overhead is much
+        (Correction(1.5, 1.3), 1e-6),
+        (Correction(0.7, 0.8), 1.0),
+        (Correction(2.0), 1.0),
+    ],
+)
+def test_a_machine_is_learnt_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch, truth: Correction, usual_overhead: float
+) -> None:
+    monkeypatch.setattr(clock, "USUAL_OVERHEAD", usual_overhead)
     machine = Machine(monkeypatch)
     stopwatch = Stopwatch(COSTS, DEPTHS, learns=True)
     machine.round(stopwatch, [])  # before which there was none
@@ -78,6 +89,18 @@ def test_a_machine_is_learnt_and_forgotten(monkeypatch: pytest.MonkeyPatch, trut
         assert stopwatch.correction == near(machine.truth)
     expected, took = machine.round(stopwatch, [])
     assert expected == pytest.approx(took) == pytest.approx(ALONE)
+
+
+def test_what_is_beyond_the_table_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both are as usual, half of it is overhead; what was expected is what it took all the same."""
+    monkeypatch.setattr(clock, "USUAL_OVERHEAD", clock.USUAL_FACTOR * WITH_DRAFTS)
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    machine.truth = Correction(1.0, 1.0, 3.0)
+    for _ in range(1 + LAST):
+        machine.round(stopwatch, STEPS)
+    assert stopwatch.correction == near(Correction(1.0, 1 + 1.5 / WITH_DRAFTS, 1.5))
+    expected, took = machine.round(stopwatch, STEPS)
+    assert expected == pytest.approx(took)
 
 
 def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

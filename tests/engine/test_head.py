@@ -31,29 +31,33 @@ def test_fused_where_triton_runs(host: Host, checkpoints: Path, architecture: st
     assert host.call(_kind, checkpoint(checkpoints, architecture)) == expected[host.runner]
 
 
-def _kinds_of_changed_models(model: str) -> dict[str, str]:
+def _kinds_of_changed_models(model: str, dtype: str) -> dict[str, str]:
     """What is chosen for models that do something else to their logits."""
     from vllm_del.engine.head import make_head
 
-    target = _drafter(model).model.target
+    target = drafter_of(engines._engine(model, SPEC, {"dtype": dtype})).model.target
     plain = target.compute_logits
     changed = {
         "as it is": plain,
         "scaled": lambda states: plain(states) * 0.5,
         "shifted": lambda states: plain(states).roll(1, -1),
+        "masked": lambda states: plain(states).index_fill(1, torch.arange(0, 100, 2), -torch.inf),
     }
     kinds = {}
     for name, compute_logits in changed.items():
         target.compute_logits = compute_logits
         kinds[name] = type(make_head(target)).__name__
     del target.compute_logits
-    target.logits_processor.head_dtype, dtype = torch.float64, target.logits_processor.head_dtype
+    processor = target.logits_processor
+    processor.head_dtype, before = torch.float64, processor.head_dtype
     kinds["wider"] = type(make_head(target)).__name__
-    target.logits_processor.head_dtype = dtype
+    processor.head_dtype = before
     return kinds
 
 
 @pytest.mark.parametrize("host", ["v2"], indirect=True)
-def test_not_fused_where_the_model_says_something_else(host: Host, checkpoints: Path) -> None:
-    kinds = host.call(_kinds_of_changed_models, checkpoint(checkpoints, "llama"))
-    assert kinds == {"as it is": "FusedHead", "scaled": "LogitsHead", "shifted": "LogitsHead", "wider": "LogitsHead"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_not_fused_where_the_model_says_something_else(host: Host, checkpoints: Path, dtype: str) -> None:
+    kinds = host.call(_kinds_of_changed_models, checkpoint(checkpoints, "llama"), dtype)
+    assert kinds.pop("as it is") == "FusedHead"
+    assert set(kinds.values()) == {"LogitsHead"}, kinds

@@ -49,7 +49,9 @@ def check_close(device: str, states: torch.Tensor, weight: torch.Tensor, options
     tolerance = {"rtol": TOLERANCE[states.dtype], "atol": TOLERANCE[states.dtype]}
     torch.testing.assert_close(given.score, expected.score, **tolerance)
     torch.testing.assert_close(given.log_sum, expected.log_sum, **tolerance)
-    assert (given.token == expected.token).float().mean() > 0.7
+    # What the reference says of the token that was chosen: of no more than this one
+    of_token = [reference.exit_head(states[i : i + 1], weight[t : t + 1], **options) for i, t in enumerate(given.token)]
+    torch.testing.assert_close(torch.cat([of.score for of in of_token]), expected.score, **tolerance)
 
 
 SIZES = [(1, 1, 1), (1, 64, 128), (3, 65, 129), (5, 777, 37), (16, 200, 64), (17, 130, 40), (70, 100, 24)]

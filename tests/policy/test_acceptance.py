@@ -148,6 +148,7 @@ def test_several_rounds_at_once_are_as_one_after_the_other(data: st.DataObject) 
     for name in ("_counts", "_confidence", "_squares"):
         torch.testing.assert_close(getattr(at_once, name), getattr(one_by_one, name))
     torch.testing.assert_close(at_once._population.counts, one_by_one._population.counts)
+    # How well the mean foretold them differs: at once, all of them were planned by what was known before the first.
 
 
 class TestEstimate:

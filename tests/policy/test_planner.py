@@ -170,15 +170,15 @@ def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
 
 
 def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
-    """The figure promised for the CPU backend; of this thread's own time, as the machine may be busy."""
+    """The figure promised for the CPU backend; the shortest of many times, as the machine may be busy."""
     tables = CostTables(MeasuredCosts(0.1, (1, 8), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU)
     planner = Planner(torch.tensor([2, 3, 5, 8]), tables, 8)
     acceptance = torch.rand(8, 4, dtype=torch.float64)
     limit, context = torch.full((8,), 8), torch.full((8,), 300)
     times = []
     for _ in range(101):
-        begin = time.thread_time()
+        begin = time.perf_counter()
         planner.plan(acceptance, limit, context)
-        times.append(time.thread_time() - begin)
-    print(f"{sorted(times)[50] * 1e3:.3f} ms")
-    assert sorted(times)[50] < 1e-3
+        times.append(time.perf_counter() - begin)
+    print(f"{min(times) * 1e3:.3f} ms")
+    assert min(times) < 1e-3

@@ -15,6 +15,11 @@ from vllm_del.policy.cost import Correction, CostTables
 LAST, AS_TABLED = 31, 5
 """Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say."""
 
+USUAL_FACTOR, USUAL_OVERHEAD = 0.2, 0.001
+"""How far verification usually is from its table, in proportion, and what a round takes beside it, in seconds: so the
+milliseconds that a small model's round takes longer are mostly overhead, and those of a large one mostly in proportion.
+"""
+
 AGAIN = 8
 """Where nothing is drafted, every so many rounds count as one in which drafts were as fast as verification.
 
@@ -43,9 +48,9 @@ class Stopwatch:
         self._depths = depths
         self._learns = learns
         self.correction = Correction()
-        # What the last rounds took over what the tables say: their drafts, and all else; and of that the difference
+        # Of the last rounds: what drafts took over what the tables say; what these say of all else, and the difference
         self._drafts = deque([1.0] * AS_TABLED, maxlen=LAST)
-        self._rest = deque([1.0] * AS_TABLED, maxlen=LAST)
+        self._rest: deque[float] = deque(maxlen=LAST)
         self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
         self._undrafted = 0
         # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
@@ -85,9 +90,13 @@ class Stopwatch:
     def _learn(self, rest: float, tabled: float) -> None:
         """From a round of which all but the draft steps took `rest` seconds."""
         of = self.correction
-        self._rest.append(rest / tabled)
+        self._rest.append(tabled)
         self._beyond.append(rest - tabled)
-        of.verify, of.overhead = min(1.0, median(self._rest)), max(0.0, median(self._beyond))
+        tabled, beyond = median(self._rest), median(self._beyond)
+        # What is beyond the table goes where less of a surprise it is.
+        in_proportion, apart = (USUAL_FACTOR * tabled) ** 2, USUAL_OVERHEAD**2 if beyond > 0 else 0.0
+        of.overhead = beyond * apart / (in_proportion + apart)
+        of.verify = 1 + (beyond - of.overhead) / tabled
         self._undrafted = 0 if self._tabled else self._undrafted + 1
         if self._tabled:
             self._drafts.append(self._drafted / self._tabled)

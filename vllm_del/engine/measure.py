@@ -6,6 +6,7 @@ together, and all take the first rank's figures, so that they plan alike.
 
 import hashlib
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -206,8 +207,10 @@ def _path(vllm_config: VllmConfig) -> Path:
         version("vllm-del"),
         machine(),
     )
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-    return Path(envs.VLLM_CACHE_ROOT) / "vllm_del" / f"costs-{name}.json"
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    # So that one is found to be deleted.
+    model = re.sub(r"[^\w.-]", "-", Path(vllm_config.model_config.model).name)
+    return Path(envs.VLLM_CACHE_ROOT) / "vllm_del" / f"costs-{model}-{digest}.json"
 
 
 def machine() -> str:

@@ -61,7 +61,7 @@ class DelProposer(DraftModelProposer):
         # The runner stops drafting for the whole batch when one sequence nears the drafter's longest length.
         # Our rows stop one by one (advance_rows), so this bound must not bite.
         self.runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens
-        log_plan(self.vllm_config, self.model, "V1")
+        log_plan(self.vllm_config, self.model, self.head, "V1")
 
     def initialize_attn_backend(
         self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None

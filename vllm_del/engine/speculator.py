@@ -68,7 +68,7 @@ class DelSpeculator(DraftModelSpeculator):
         # Until costs are measured: vLLM warms up with requests that it makes up.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_steps)
         self.draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
-        log_plan(self.vllm_config, self.model, "V2")
+        log_plan(self.vllm_config, self.model, self.head, "V2")
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> EarlyExitNetwork:
         return EarlyExitNetwork.from_target(target_model)

@@ -89,11 +89,11 @@ def split_steps(shallow: Times, deep: Times, exits: Sequence[int]) -> tuple[floa
 class Correction:
     """What the clock says of the tables while serving."""
 
-    # factors of what is in them: of draft steps, and of verification where it takes less
+    # factors of what is in them: of draft steps, and of verification
     draft: float = 1.0
     verify: float = 1.0
-    # Where a round takes longer, what it takes beside its drafts and a forward pass, seconds: scheduling, sampling and
-    # output, whatever the number of drafts
+    # what a round takes beside its drafts and a forward pass, seconds: scheduling, sampling and output, whatever the
+    # number of drafts
     overhead: float = 0.0
 
 
