@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
-from tests.engine.interpreter import avoid_uninterpretable_kernels, use_triton_interpreter
+from tests.engine.interpreter import (
+    avoid_uninterpretable_kernels,
+    read_the_head_in_large_blocks,
+    use_triton_interpreter,
+)
 
 RUNNERS = ("v1", "v2")
 
@@ -132,6 +136,7 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
 
     if os.environ.get("TRITON_INTERPRET"):
         avoid_uninterpretable_kernels()
+        read_the_head_in_large_blocks()
     _use_made_up_costs()
     key = repr((model, spec, sorted(options.items())))
     if key in _engines:

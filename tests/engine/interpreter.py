@@ -66,3 +66,10 @@ def avoid_uninterpretable_kernels() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler as ops
 
     ops.apply_top_k_top_p_triton = ops.apply_top_k_top_p_pytorch
+
+
+def read_the_head_in_large_blocks() -> None:
+    """The interpreter's time goes by operations, not by what is in them. Small blocks are tested in tests/kernels."""
+    from vllm_del.kernels.exit_head import triton
+
+    triton.BLOCK_TOKENS, triton.BLOCK_BYTES = 1024, 1024

@@ -82,6 +82,14 @@ def test_one_surprise_does_not_decide_for_good() -> None:
     assert (population._loss < 20).all()
 
 
+def test_what_was_learnt_stays_while_nothing_is_seen() -> None:
+    population = after([0.95, 0.05] * 2)
+    before, nothing = strength(population), torch.zeros(1, 4, 1, 2, dtype=torch.float64)
+    for _ in range(1000):
+        population.observe(nothing, nothing[0])
+    assert strength(population) == pytest.approx(before)
+
+
 def test_fading() -> None:
     scored = torch.tensor([[True, False], [False, False], [True, False]])
     kept, weight = fading(scored, MEMORY)

@@ -27,9 +27,11 @@ class Population:
     def __init__(self, num_exits: int, device: torch.device) -> None:
         # [exits, 2]: of matches, of mismatches. Even odds until something has been seen.
         self.counts = torch.full((num_exits, 2), 0.5, dtype=torch.float64, device=device)
-        self._strengths = torch.tensor(STRENGTHS, dtype=torch.float64, device=device)
+        # [strengths, 1, 1]
+        self._strengths = torch.tensor(STRENGTHS, dtype=torch.float64, device=device).view(-1, 1, 1)
         # [strengths]: the logarithmic loss of what each one foretold
-        self._loss = (self._strengths / FIRST).log2().abs()
+        self._loss = (self._strengths.flatten() / FIRST).log2().abs()
+        self._strength = self._likely()
 
     def observe(
         self,
@@ -39,11 +41,13 @@ class Population:
         before: torch.Tensor,
     ) -> None:
         """Learn from rounds, the last one last; `before` is what they were planned by."""
-        matches, total = self._blend(before, self._strengths.view(-1, 1, 1))
+        matches, total = self._blend(before, self._strengths)
         expected = (matches / total).clamp(SURE, 1 - SURE)
         logs = torch.stack((expected.log(), (1 - expected).log()), -1)
-        self._loss.mul_(MEMORY ** len(seen)).sub_((logs * seen.sum(0)).sum((1, 2, 3)))
         in_round = seen.sum(1)
+        rounds = (in_round.sum((1, 2)) > 0).sum()
+        self._loss.mul_(MEMORY**rounds).sub_((logs * seen.sum(0)).sum((1, 2, 3)))
+        self._strength = self._likely()
         kept, weight = fading(in_round.sum(-1) > 0, MEMORY)
         self.counts.mul_(kept.unsqueeze(-1)).add_((in_round * weight.unsqueeze(-1)).sum(0))
 
@@ -53,9 +57,11 @@ class Population:
         counts: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A sequence's own matches, with the common mean for as many as it is worth, and the number of both."""
-        # The geometric mean of the strengths, by how likely each made what was seen.
-        weights = torch.softmax(-self._loss, 0)
-        return self._blend(counts, (weights @ self._strengths.log()).exp())
+        return self._blend(counts, self._strength)
+
+    def _likely(self) -> torch.Tensor:
+        """The geometric mean of the strengths, by how likely each one made what was seen."""
+        return (torch.softmax(-self._loss, 0) @ self._strengths.flatten().log()).exp()
 
     def _blend(self, counts: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = self.counts[:, 0] / self.counts.sum(-1)
