@@ -22,11 +22,11 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-import vllm
 from contenders import Contender, Engine, take_turns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from vllm import __version__ as vllm_version
 from workloads import PROMPT_TOKENS, default_workloads, requests_of
 
 from vllm_del.draft.tally import Counts
@@ -140,7 +140,7 @@ def main(
     found: dict[str, Any] = {}
     results = {
         "machine": machine(),
-        "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": vllm.__version__},
+        "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": vllm_version},
         "model": about or model.name,
         "settings": settings,
         "workloads": found,

@@ -1,4 +1,4 @@
-"""Engines in one process, and the contenders of the benchmark, which take turns on them."""
+"""Engines in one process, and the contenders of the benchmark, which take turns on them. To be imported before vLLM."""
 
 import os
 import time

@@ -212,10 +212,15 @@ class TestAttributes:
                 "engine/speculator.py",
             ),
             ("vllm.v1.worker.gpu.dp_utils:DPSyncState", "num_tokens_across_dp", "engine/speculator.py"),
-            (f"{EMBEDDING}:ParallelLMHead", "quant_method bias shard_indices tp_size", "engine/head.py"),
+            (
+                f"{EMBEDDING}:ParallelLMHead",
+                "quant_method bias shard_indices tp_size org_vocab_size num_added_embeddings "
+                "num_embeddings_per_partition",
+                "engine/head.py",
+            ),
             (
                 f"{EMBEDDING}:VocabParallelEmbeddingShardIndices",
-                "num_added_elements num_org_elements org_vocab_start_index",
+                "num_org_elements org_vocab_start_index",
                 "engine/head.py",
             ),
             (

@@ -50,7 +50,7 @@ class Stopwatch:
         self.correction = Correction()
         # Of the last rounds: what drafts took over what the tables say; what these say of all else, and the difference
         self._drafts = deque([1.0] * AS_TABLED, maxlen=LAST)
-        self._rest: deque[float] = deque(maxlen=LAST)
+        self._tables: deque[float] = deque(maxlen=LAST)
         self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
         self._undrafted = 0
         # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
@@ -90,9 +90,9 @@ class Stopwatch:
     def _learn(self, rest: float, tabled: float) -> None:
         """From a round of which all but the draft steps took `rest` seconds."""
         of = self.correction
-        self._rest.append(tabled)
+        self._tables.append(tabled)
         self._beyond.append(rest - tabled)
-        tabled, beyond = median(self._rest), median(self._beyond)
+        tabled, beyond = median(self._tables), median(self._beyond)
         # What is beyond the table goes where less of a surprise it is.
         in_proportion, apart = (USUAL_FACTOR * tabled) ** 2, USUAL_OVERHEAD**2 if beyond > 0 else 0.0
         of.overhead = beyond * apart / (in_proportion + apart)

@@ -33,11 +33,13 @@ def _fused(target: nn.Module) -> FusedHead | None:
     weight, shard = getattr(lm_head, "weight", None), lm_head.shard_indices
     if weight is None or not runs_triton(weight):
         return None
+    # By what is the same on every rank: they have to choose alike, as they ask each other.
     plain = (
         isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
         and getattr(lm_head, "bias", None) is None
-        and shard.num_org_elements
-        and not shard.num_added_elements
+        and not lm_head.num_added_embeddings
+        # Nobody's shard is all padding.
+        and lm_head.num_embeddings_per_partition * (lm_head.tp_size - 1) < lm_head.org_vocab_size
         and processor.head_dtype in (None, weight.dtype)
         and weight.dim() == 2
         and weight.stride(1) == 1

@@ -169,8 +169,8 @@ def _places(most: int, factor: int = 2) -> Iterator[int]:
     place = 1
     while place < most:
         yield place
-        if factor == 2 <= place and place + place // 2 < most:
-            yield place + place // 2
+        if factor == 2 and place < place * 3 // 2 < most:
+            yield place * 3 // 2
         place *= factor
     yield most
 
