@@ -1,0 +1,119 @@
+"""The kernels compile for GPUs, on machines without one too: Triton brings the assembler and needs no device."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""The shared memory that a program may have, by compute capability (CUDA's programming guide)."""
+
+Compiled = dict[str, Any]
+"""By name, the kernels that a call would have launched."""
+
+
+class NoDevice:
+    """Stands where Triton looks for a GPU, and says which one to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability
+        self.get_current_stream = lambda device: 0
+
+
+@pytest.fixture
+def compile_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
+    """`compile_for(capability, operation, *args, **kwargs)`: what the call launches is compiled, and not run."""
+    if triton.knobs.runtime.interpret:
+        pytest.skip("Triton is being interpreted")
+    compiled: Compiled = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = compiled[self.__name__] = run(self, *args, warmup=True, **kwargs)
+        return kernel
+
+    def compile_for(capability: int, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Compiled:
+        driver.set_active(NoDevice(capability))
+        compiled.clear()
+        operation(*args, **kwargs)
+        return dict(compiled)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", driver._active)
+    monkeypatch.setattr("vllm_del.kernels.exit_head.triton._processors", lambda device: 132)
+    return compile_for
+
+
+def spilled(kernel: Any, path: Path) -> int:
+    """Bytes of registers that a program of this kernel puts into memory, as the assembler says."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    path.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([tools / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
+    (local,) = re.findall(r"LOCAL:(\d+)", usage.stdout + usage.stderr)
+    return int(local)
+
+
+def check(compiled: Compiled, capability: int, expected: set[str], path: Path) -> None:
+    assert compiled.keys() == expected
+    for name, kernel in compiled.items():
+        assert kernel.metadata.shared <= SHARED_BYTES[capability], name
+        assert not spilled(kernel, path / name), name
+
+
+def of(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "norm": {"norm_weight": of(4096)},
+    "soft-cap": {"soft_cap": 30.0, "logit_scale": 0.5},
+    "shortlist": {"shortlist": of(32768, dtype=torch.int64)},
+    "float8": {"row_scales": of(128256, dtype=torch.float32)},
+    "noise": {"temperature": of(64, dtype=torch.float32), "seeds": of(64, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_exit_head(compile_for: Callable[..., Compiled], tmp_path: Path, capability: int, rows: int) -> None:
+    from vllm_del.kernels.exit_head.triton import exit_head
+
+    compiled = compile_for(capability, exit_head, of(rows, 4096), of(128256, 4096))
+    check(compiled, capability, {"_read_part", "_merge_parts"}, tmp_path)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_options(compile_for: Callable[..., Compiled], tmp_path: Path, option: str, dtype: torch.dtype) -> None:
+    from vllm_del.kernels.exit_head.triton import exit_head
+
+    weight = of(128256, 4096, dtype=torch.float8_e4m3fn if option == "float8" else dtype)
+    options = dict(OPTIONS[option])
+    if option == "norm":
+        options["norm_weight"] = of(4096, dtype=dtype)
+    compiled = compile_for(90, exit_head, of(16, 4096, dtype=dtype), weight, **options)
+    check(compiled, 90, {"_read_part", "_merge_parts"}, tmp_path)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_advance_rows(compile_for: Callable[..., Compiled], tmp_path: Path, groups: int) -> None:
+    from vllm_del.kernels.advance_rows.triton import advance_rows
+
+    rows = 256
+    positions, seq_lens, live = of(rows, dtype=torch.int64), of(rows, dtype=torch.int32), of(rows, dtype=torch.bool)
+    tables = [of(rows, 2048, dtype=torch.int32)] * groups
+    slots = [of(rows, dtype=torch.int64)] * groups
+    compiled = compile_for(90, advance_rows, positions, seq_lens, live, tables, [16] * groups, slots, 32768)
+    check(compiled, 90, {"_advance"}, tmp_path)
