@@ -25,6 +25,9 @@ from tests.contract.places import (
     parameters,
 )
 
+MADE_BY_US = {"DraftGraphs", "Stage"}
+"""Classes of ours that vLLM does not construct."""
+
 
 class TestOurSide:
     def test_classes_are_found(self):
@@ -60,8 +63,10 @@ class TestOurSide:
     @pytest.mark.parametrize("cls", OUR_CLASSES, ids=CLASS_IDS)
     def test_methods_we_replace_take_what_vllm_passes(self, cls: source.OurClass):
         ours, base = cls.load(), cls.base.resolve()
-        replaced = [name for name in cls.methods() if inspect.isfunction(getattr(base, name, None))]
-        assert replaced
+        # What we make ourselves may be made otherwise.
+        own = {"__init__"} if cls.name in MADE_BY_US else set()
+        replaced = [name for name in cls.methods() - own if inspect.isfunction(getattr(base, name, None))]
+        assert replaced or own
         for name in replaced:
             theirs = parameters(getattr(base, name))
             signature = inspect.signature(getattr(ours, name))

@@ -44,7 +44,7 @@ class TestV2Runner:
 
     def test_what_propose_needs_comes_by_keyword(self):
         """A positional one would be lost in our `*_`, one of another name in our `**__`."""
-        needed = {"num_speculative_tokens", "dp_sync_state", "dummy_run", "skip_attn_for_dummy_run"}
+        needed = {"num_speculative_tokens", "dp_sync_state", "dummy_run", "skip_attn_for_dummy_run", "is_profile"}
         assert needed <= {keyword for call in calls(RUNNER_V2, "self.speculator.propose") for keyword in call.keywords}
         assert needed <= set(parameters(ours("DelSpeculator").propose))
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_del.draft.loop import NO_TOKEN, DraftRows, Drafts, Plan, draft
+from vllm_del.draft.loop import NO_TOKEN, DraftRows, Drafts, Plan, draft, eager
 
 CPU = torch.device("cpu")
 VOCAB = 1000
@@ -91,11 +91,9 @@ def test_each_row_drafts_its_plan(batch, compact: bool, never: bool) -> None:
     plan = Plan(torch.tensor(exits), torch.tensor(lengths), torch.tensor(stops), max(exits), max(lengths))
     drafts = Drafts(torch.zeros(len(batch), most, dtype=torch.int64), torch.zeros(len(batch), most))
     draft(
-        model.segments,
-        model.head,
+        eager(model.segments, model.head, lambda step, rows: nullcontext()),
         rows_of(tokens, positions, live),
         plan,
-        lambda step, rows: nullcontext(),
         max_model_len,
         drafts,
         compact,

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from tests.engine.interpreter import (
+    allow_triton_attention,
     avoid_uninterpretable_kernels,
     read_the_head_in_large_blocks,
     use_triton_interpreter,
@@ -135,6 +136,7 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     if os.environ.get("TRITON_INTERPRET"):
+        allow_triton_attention()
         avoid_uninterpretable_kernels()
         read_the_head_in_large_blocks()
     _use_made_up_costs()

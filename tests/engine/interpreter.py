@@ -58,6 +58,28 @@ def _multiply_bfloat16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def allow_triton_attention() -> None:
+    """Call after vLLM is imported: `attention_backend="TRITON_ATTN"` gives attention as GPUs have it.
+
+    The CPU's own backend builds its metadata on the host, for one step: it fits no graph.
+    """
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    choose = CpuPlatform.get_attn_backend_cls
+
+    def choose_ours(cls: type, selected: Any, *args: Any, **kwargs: Any) -> str:
+        if selected == AttentionBackendEnum.TRITON_ATTN:
+            return AttentionBackendEnum.TRITON_ATTN.get_path()
+        return choose(selected, *args, **kwargs)
+
+    if choose.__name__ != choose_ours.__name__:
+        CpuPlatform.get_attn_backend_cls = classmethod(choose_ours)
+        # It asks, to size its blocks.
+        torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+
 def avoid_uninterpretable_kernels() -> None:
     """Call after vLLM is imported: its fused top-k/top-p kernel does arithmetic the interpreter lacks.
 

@@ -135,17 +135,23 @@ class Launched:
 AttentionContext = Callable[[int, DraftRows], AbstractContextManager[None]]
 """`attention(step, rows)` is vLLM's forward context for a draft step: one query token a row, as the rows say."""
 
+Forward = Callable[[int, DraftRows, Plan], tuple[torch.Tensor, torch.Tensor]]
+"""`forward(step, rows, plan)` runs the rows through layers and head: tokens [rows] int64, probabilities [rows]
+float32."""
 
-def draft(
-    segments: Sequence[Callable[..., Layers]],
-    head: Head,
-    rows: DraftRows,
-    plan: Plan,
-    attention: AttentionContext,
-    max_model_len: int,
-    drafts: Drafts,
-    compact: bool,
-) -> Launched:
+
+def eager(segments: Sequence[Callable[..., Layers]], head: Head, attention: AttentionContext) -> Forward:
+    """A draft step operation by operation."""
+
+    def forward(step: int, rows: DraftRows, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        with attention(step, rows):
+            states = run_segments(segments[: plan.deepest + 1], rows.input_ids, rows.positions, plan.exit)
+        return head(states)
+
+    return forward
+
+
+def draft(forward: Forward, rows: DraftRows, plan: Plan, max_model_len: int, drafts: Drafts, compact: bool) -> Launched:
     """Draft for every live row what `plan` says, into `drafts`. A row that reaches `max_model_len` stops there.
 
     `compact` takes rows that are done out of the batch, and ends the round when none is left; it needs their number on
@@ -174,9 +180,7 @@ def draft(
                 break
             rows, plan, place = rows.take(left), plan.take(left), place[left]
         steps.append((rows.live.shape[0], plan.deepest))
-        with attention(step, rows):
-            states = run_segments(segments[: plan.deepest + 1], rows.input_ids, rows.positions, plan.exit)
-        token, confidence = head(states)
+        token, confidence = forward(step, rows, plan)
         assert token.shape == rows.live.shape, "compiled layers have forgotten the number of rows"
         drafts.tokens[place, step] = token.where(rows.live, NO_TOKEN)
         drafts.confidence[place, step] = confidence

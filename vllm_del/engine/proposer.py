@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 
 from vllm_del.config import DelConfig
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
-from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, run_segments
+from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, eager, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
@@ -152,8 +152,8 @@ class DelProposer(DraftModelProposer):
         # Not our own copy: vLLM may have fitted the length to the memory since (--max-model-len auto).
         max_model_len = self.vllm_config.model_config.max_model_len
         max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
-        attention = self.attention(max_seq_len, across_dp)
-        launched = draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=self.alone)
+        forward = eager(self.segments, self.head, self.attention(max_seq_len, across_dp))
+        launched = draft(forward, rows, plan, max_model_len, drafts, compact=self.alone)
         if isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts, launched)
             wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 
 from vllm_del.draft.head import Head
-from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
+from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft, eager
 from vllm_del.draft.network import EarlyExitNetwork, Layers
 from vllm_del.kernels.advance_rows import PAD_SLOT
 
@@ -85,7 +85,7 @@ class Rehearsal:
         def run() -> None:
             made_up.begin(tokens, seq_lens, zeros, live)
             on_host = self._device.type == "cpu"
-            draft(self._segments[:segments], self._head, made_up, plan, attention, longest, drafts, compact=on_host)
+            draft(eager(self._segments, self._head, attention), made_up, plan, longest, drafts, compact=on_host)
             self._wait()
 
         return run

@@ -16,7 +16,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.dp_utils import DPSyncState
+from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
@@ -24,11 +24,12 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Late
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
-from vllm_del.draft.loop import DraftRows, Drafts, Plan, draft
+from vllm_del.draft.loop import DraftRows, Drafts, Forward, Plan, draft, eager
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
+from vllm_del.engine.graphs import DraftGraphs
 from vllm_del.engine.head import make_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
@@ -45,8 +46,10 @@ class DelSpeculator(DraftModelSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.live = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)
-        # These buffers are the drafter's own, and a draft step has one query token a row: set once.
-        torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
+        # Where graphs find the segment after which each row leaves.
+        self.exit = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.graphs: DraftGraphs | None = None
+        self._one_token_a_row()
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_num_reqs, device)
         self.allowance = Allowance()
@@ -74,10 +77,16 @@ class DelSpeculator(DraftModelSpeculator):
         return EarlyExitNetwork.from_target(target_model)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Draft steps are not captured: there is no graph to manage yet."""
+        """Called when the KV cache is there, once before for a trial of how much memory graphs take."""
+        self.graphs = DraftGraphs(
+            self.vllm_config, self.device, cudagraph_mode, self.segments, self.head, self.input_buffers, self.exit
+        )
 
     def capture(self) -> None:
-        """Draft steps are not captured: there is no graph to capture yet."""
+        """Called after the target's graphs are captured, and where there are any."""
+        if self.graphs is not None and self.graphs.needs_capture():
+            self.graphs.capture_stages(self.model_state, self.block_tables, self.attn_groups, self.kv_cache_config)
+            self._one_token_a_row()
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
@@ -104,6 +113,7 @@ class DelSpeculator(DraftModelSpeculator):
         dp_sync_state: DPSyncState | None = None,
         dummy_run: bool = False,
         skip_attn_for_dummy_run: bool = False,
+        is_profile: bool = False,
         **__: Any,
     ) -> torch.Tensor:
         """Draft tokens [num_reqs, num_speculative_steps] int64; the first `num_speculative_tokens` count."""
@@ -111,64 +121,106 @@ class DelSpeculator(DraftModelSpeculator):
         num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if dp_sync_state is None and not dummy_run and not _any_row_samples(input_batch):
             return self.draft_tokens[:num_rows].zero_()
-        num_padded, num_tokens_across_dp = num_rows, None
+        sync, num_tokens = None, num_rows
         if dp_sync_state is not None:
-            sync, num_padded = self._build_uniform_batch_dp_sync(dp_sync_state, num_rows)
-            num_tokens_across_dp = sync.num_tokens_across_dp
+            sync, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_rows)
+        batch, sync = dispatch_cg_and_sync_dp(
+            self.graphs,
+            num_rows,
+            num_tokens,
+            uniform_token_count=1,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=is_profile,
+            dp_sync_state=sync,
+        )
+        num_padded = batch.num_tokens
 
         rows = self._rows(num_padded)
         # A row whose prompt is unfinished has sampled nothing; a dummy batch owns no blocks.
         sampled = torch.zeros_like(num_sampled, dtype=torch.bool) if dummy_run else num_sampled > 0
         next_tokens = last_sampled[input_batch.idx_mapping].view(-1)
         rows.begin(next_tokens, input_batch.seq_lens[:num_rows], num_rejected, sampled)
-        deepest = len(self.segments) - 1
         if dummy_run:
             # As much as any round may run: memory is profiled and code compiled with it.
-            plan = Plan.uniform(num_padded, deepest, num_steps, self.device)
+            plan = Plan.uniform(num_padded, len(self.segments) - 1, num_steps, self.device)
         else:
             slots = self.slots_of.of(input_batch.req_ids)
             if isinstance(self.policy, DynamicPolicy):
                 verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
                 self.policy.observe(slots, verified)
             plan = self._plan(input_batch, slots, num_steps, sampled)
-            if dp_sync_state is not None:
-                plan = plan.padded(num_padded, deepest, num_steps)
+            if sync is not None:
+                # Every rank runs as much as any of them may.
+                plan = plan.padded(num_padded, len(self.segments) - 1, num_steps)
+            elif num_padded > num_rows:
+                plan = plan.padded(num_padded, plan.deepest, plan.longest)
 
-        batch_desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_padded, num_reqs=num_rows)
-        seq_lens_bound = input_batch.seq_lens_cpu_upper_bound
         # Not our own copy: vLLM may have fitted the length to the memory since (--max-model-len auto).
         max_model_len = self.vllm_config.model_config.max_model_len
-        self.draft_max_seq_len = min(int(seq_lens_bound[:num_rows].max()) + num_steps, max_model_len)
-        skip_attention = dummy_run and skip_attn_for_dummy_run
-        slot_mapping = None
-        if not skip_attention:
-            slot_mapping = build_slot_mappings_by_layer(
-                self.block_tables.slot_mappings[:, :num_padded], self.kv_cache_config
-            )
-
-        @contextmanager
-        def attention(step: int, _rows: DraftRows) -> Iterator[None]:
-            metadata = None
-            if not skip_attention:
-                # vLLM counts the tokens that a draft has beyond the verified ones; our first step has one.
-                metadata = self._build_uniform_attn_metadata(batch_desc, num_rows, 1, seq_lens_bound, step=step + 1)
-            with set_forward_context(
-                metadata,
-                self.vllm_config,
-                num_tokens=num_padded,
-                num_tokens_across_dp=num_tokens_across_dp,
-                slot_mapping=slot_mapping,
-                batch_descriptor=BatchDescriptor(num_tokens=num_padded),
-            ):
-                yield
-
+        has_attention = not (dummy_run and skip_attn_for_dummy_run)
+        lengths = input_batch.seq_lens_cpu_upper_bound[:num_rows] if has_attention else None
+        forward = self._forward(batch, lengths, num_steps, max_model_len, sync)
         drafts = Drafts(self.draft_tokens[:num_padded], self.draft_token_confidence_probs[:num_padded])
-        launched = draft(self.segments, self.head, rows, plan, attention, max_model_len, drafts, compact=False)
+        launched = draft(forward, rows, plan, max_model_len, drafts, compact=False)
         if not dummy_run and isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts, launched)
             self.report = Report(self.wanted, self.policy.counts())
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
+
+    def _forward(
+        self,
+        batch: BatchExecutionDescriptor,
+        # [rows] int32, on the host: bounds on the contexts that the verification left; None: without attention
+        lengths: torch.Tensor | None,
+        num_steps: int,
+        max_model_len: int,
+        sync: DPSyncState | None,
+    ) -> Forward:
+        """The draft steps of a round of at most `num_steps`, by graph where one is recorded for such a batch."""
+        num_padded, metadata, slot_mapping = batch.num_tokens, None, None
+        if lengths is not None:
+            self.draft_max_seq_len = min(int(lengths.max()) + num_steps, max_model_len)
+            slots = self.block_tables.slot_mappings[:, :num_padded]
+            slot_mapping = build_slot_mappings_by_layer(slots, self.kv_cache_config)
+
+        def renew_metadata(step: int) -> None:
+            nonlocal metadata
+            if lengths is None:
+                return
+            if metadata is not None and self.supports_decode_metadata_update:
+                self._update_draft_decode_metadata(metadata, len(lengths))
+                return
+            # vLLM counts the tokens that a draft has beyond the verified ones; our first step has one.
+            further = num_steps if self.supports_decode_metadata_update else step + 1
+            metadata = self._build_uniform_attn_metadata(batch, len(lengths), 1, lengths, step=further)
+
+        @contextmanager
+        def attention(step: int, _rows: DraftRows) -> Iterator[None]:
+            renew_metadata(step)
+            with set_forward_context(
+                metadata,
+                self.vllm_config,
+                num_tokens=num_padded,
+                num_tokens_across_dp=None if sync is None else sync.num_tokens_across_dp,
+                slot_mapping=slot_mapping,
+                batch_descriptor=BatchDescriptor(num_tokens=num_padded),
+            ):
+                yield
+
+        def replay(step: int, rows: DraftRows, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+            assert self.graphs is not None
+            renew_metadata(step)
+            if step == 0:
+                self.exit[:num_padded].copy_(plan.exit)
+            return self.graphs.replay(batch, plan.deepest)
+
+        return replay if batch.cg_mode == CUDAGraphMode.FULL else eager(self.segments, self.head, attention)
+
+    def _one_token_a_row(self) -> None:
+        """The buffers are the drafter's own, and all its steps are alike: set once, and after vLLM's dummy batches."""
+        torch.arange(self.max_num_reqs + 1, dtype=torch.int32, out=self.input_buffers.query_start_loc)
 
     def _plan(
         self,
