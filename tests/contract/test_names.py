@@ -144,6 +144,13 @@ class TestAttributes:
             ("vllm.v1.worker.gpu_worker:Worker", "vllm_config model_runner", "engine/patches.py"),
             (RUNNER_V1, "drafter use_aux_hidden_state_outputs", "engine/patches.py"),
             (RUNNER_V2, "speculator use_aux_hidden_state_outputs", "engine/patches.py"),
+            (
+                RUNNER_V2,
+                "vllm_config device req_states attn_groups decode_query_len lora_capture_cases ubatch_runner "
+                "cudagraph_manager kv_connector execute_model_state",
+                "engine/speculator.py, engine/graphs.py",
+            ),
+            ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager", "graphs", "engine/graphs.py"),
             ("vllm.config:ModelConfig", "model get_total_num_hidden_layers", "config.py"),
             ("vllm.config:ParallelConfig", "tensor_parallel_size", "config.py"),
             (

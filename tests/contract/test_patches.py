@@ -86,6 +86,7 @@ class TestPatches:
                 vllm_config = SimpleNamespace(speculative_config=config, use_v2_model_runner=use_v2)
                 worker = object.__new__(at(f"vllm.v1.worker.{kind}"))
                 worker.model_runner = object.__new__(at(RUNNER_V2 if use_v2 else RUNNER_V1))
+                worker.model_runner.speculator = SimpleNamespace()
                 patches._install_the_drafter(lambda _: None, SimpleNamespace(vllm_config=vllm_config, worker=worker))
         return entries
 

@@ -1,4 +1,4 @@
-"""Draft steps by graph, without a GPU: what would be recorded is kept as a function of what lay in memory then.
+"""Rounds by graph, without a GPU: what would be recorded is kept as a function of what lay in memory then.
 
 Calling it again stands for a replay: like one, it gets nothing but what is in the buffers that it was recorded with.
 """
@@ -20,7 +20,8 @@ GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 FIXED = {"method": "del", "del_policy": "fixed", "del_exit_layers": 2, "num_speculative_tokens": 3}
 # Rows leave where the policy sends them: some early, some late.
 DYNAMIC = {"method": "del", "del_exit_layers": [1, 3], "num_speculative_tokens": 3, "del_objective": "tpl"}
-SIZES = [1, 4]
+# Of drafts up to four rows; of verifications, all.
+SIZES = [1, 4, 16]
 ENGINE = {"attention_backend": "TRITON_ATTN"}
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("host", ["v2"], indirect=True)]
@@ -36,7 +37,7 @@ def test_the_same_text_and_drafts(host: Host, checkpoints: Path, architecture: s
     model = checkpoint(checkpoints, architecture)
     eager = host.generate(model, PROMPTS, GREEDY, spec, **ENGINE)
     with _recorded(host, model, spec) as stages:
-        assert stages == dict.fromkeys(SIZES, 2 if spec is FIXED else 3)
+        assert stages == dict.fromkeys(SIZES[:2], 2 if spec is FIXED else 3)
         replayed = host.generate(model, PROMPTS, GREEDY, spec, **ENGINE)
         replays = host.call(_replays, model, spec)
     assert replayed.completions == eager.completions
@@ -46,6 +47,20 @@ def test_the_same_text_and_drafts(host: Host, checkpoints: Path, architecture: s
     # Three rows are padded to four.
     assert replays[4, 0] > 0
     assert replays[4, 0] == replays[4, stages[4] - 1], "every step ends with the head"
+    # Verifications too, of whatever lengths: more of them than there are rounds in which all draft the most.
+    assert sum(replays[size, None] for size in SIZES) >= replayed.steps - 3
+
+
+def test_costs_are_those_of_graphs(host: Host, checkpoints: Path) -> None:
+    """What is measured at start is what serves, and leaves nothing behind."""
+    model = checkpoint(checkpoints, "llama")
+    expected = host.generate(model, PROMPTS, GREEDY, FIXED, **ENGINE)
+    with _recorded(host, model, FIXED):
+        replays = host.call(_rehearse, model, FIXED)
+        again = host.generate(model, PROMPTS, GREEDY, FIXED, **ENGINE)
+    # Three steps of two rows; five tokens in rows of four and one; two in rows of one.
+    assert replays == {(4, 0): 3, (4, 1): 3, (16, None): 1, (4, None): 1}
+    assert again == expected
 
 
 def test_metadata_is_updated_in_place_or_built(host: Host, checkpoints: Path) -> None:
@@ -69,9 +84,9 @@ def _recorded(host: Host, model: str, spec: dict[str, Any]) -> Iterator[dict[int
         host.call(_forget, model, spec)
 
 
-def _speculator(model: str, spec: dict[str, Any]) -> Any:
+def _runner(model: str, spec: dict[str, Any]) -> Any:
     engine = engines._engine(model, spec, ENGINE)
-    return engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
+    return engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def _record(model: str, spec: dict[str, Any]) -> dict[int, int]:
@@ -81,19 +96,18 @@ def _record(model: str, spec: dict[str, Any]) -> dict[int, int]:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-    speculator = _speculator(model, spec)
-    compilation = speculator.vllm_config.compilation_config
-    replays: Counter = Counter()
+    runner = _runner(model, spec)
+    replays = runner.replays = Counter()
 
     class Graph:
         def __init__(self, desc: Any, prepare: Any) -> None:
-            self.desc = desc
+            self.key = desc.num_tokens, getattr(desc, "index", None)
             prepare(desc, warmup=True)(CUDAGraphMode.NONE)
             self.run = prepare(desc, warmup=False)
             self.run(CUDAGraphMode.NONE)
 
         def replay(self) -> None:
-            replays[self.desc.num_tokens, self.desc.index] += 1
+            replays[self.key] += 1
             self.run(CUDAGraphMode.NONE)
 
     def capture(self: Any, prepare: Any, _description: str) -> None:
@@ -102,30 +116,44 @@ def _record(model: str, spec: dict[str, Any]) -> dict[int, int]:
         self._graphs_captured = True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "cudagraph_capture_sizes", SIZES)
-        patch.setattr(compilation, "max_cudagraph_capture_size", max(SIZES))
+        patch.setattr(runner.compilation_config, "cudagraph_capture_sizes", SIZES)
+        patch.setattr(runner.compilation_config, "max_cudagraph_capture_size", max(SIZES))
         patch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
         patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)
         patch.setattr(CudaGraphManager, "capture", capture)
-        speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
-        speculator.capture()
-    speculator.replays = replays
-    return dict(Counter(desc.num_tokens for desc in speculator.graphs.graphs))
+        runner.speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
+        runner.capture_model(profile_only=True)
+    return dict(Counter(desc.num_tokens for desc in runner.speculator.graphs.graphs))
 
 
 def _forget(model: str, spec: dict[str, Any]) -> None:
     from vllm.config.compilation import CUDAGraphMode
 
-    _speculator(model, spec).init_cudagraph_manager(CUDAGraphMode.NONE)
+    runner = _runner(model, spec)
+    runner.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+    runner.cudagraph_manager.release_graphs()
+
+
+def _rehearse(model: str, spec: dict[str, Any]) -> dict[tuple[int, int | None], int]:
+    """In the engine's process: what was replayed."""
+    from vllm_del.engine.rehearsal import Rehearsal
+
+    runner = _runner(model, spec)
+    rehearsal = Rehearsal(runner.speculator)
+    rehearsal.drafting(2, 1, 20)()
+    rehearsal.verify(5, 4, 20)
+    rehearsal.verify(2, 1, 20)
+    return dict(runner.replays)
 
 
 def _replays(model: str, spec: dict[str, Any]) -> Counter:
-    return _speculator(model, spec).replays
+    return _runner(model, spec).replays
 
 
 def _count_builds(model: str, spec: dict[str, Any], updates: bool) -> dict[str, Any]:
     """In the engine's process: a generation, and how often it built a draft's metadata."""
-    speculator = _speculator(model, spec)
+    speculator = _runner(model, spec).speculator
     builds = []
     build = speculator._build_attn_metadata
 

@@ -172,10 +172,13 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
     original(self, *args, **kwargs)
     if isinstance(config.speculative_config, DelConfig):
         # vLLM compares method names here too. Of which layers, `DelConfig` says in vLLM's own way.
-        self.worker.model_runner.use_aux_hidden_state_outputs = config.speculative_config.is_dynamic
+        runner = self.worker.model_runner
+        runner.use_aux_hidden_state_outputs = config.speculative_config.is_dynamic
+        if config.use_v2_model_runner:
+            runner.speculator.runner = runner
         wrap(type(self.worker), "compile_or_warm_up_model", _prepare_to_serve)
-        wrap(type(self.worker.model_runner), "execute_model", _hand_over_the_allowance)
-        wrap(type(self.worker.model_runner), "sample_tokens", _report)
+        wrap(type(runner), "execute_model", _hand_over_the_allowance)
+        wrap(type(runner), "sample_tokens", _report)
 
 
 def _prepare_to_serve(original: Callable, self: "WorkerBase", *args: Any, **kwargs: Any) -> Any:
@@ -243,9 +246,7 @@ def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **
     from vllm_del.engine.speculator import DelSpeculator
 
     given = inspect.signature(original).bind(vllm_config, *args, **kwargs).arguments
-    speculator = DelSpeculator(vllm_config, given["device"])
-    speculator.req_states = given["req_states"]
-    return speculator
+    return DelSpeculator(vllm_config, given["device"])
 
 
 def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 
 from vllm_del.config import DelConfig
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
-from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, draft, eager, run_segments
+from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, Forward, draft, eager, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.engine.compiled import compiled_segments
@@ -29,6 +29,7 @@ from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
+from vllm_del.kernels.advance_rows import PAD_SLOT
 
 
 class DelProposer(DraftModelProposer):
@@ -38,7 +39,7 @@ class DelProposer(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         # Under data parallelism the ranks' forward passes go in step, so none may do fewer of them.
-        self.alone = vllm_config.parallel_config.data_parallel_size == 1
+        self.alone = self.compact = vllm_config.parallel_config.data_parallel_size == 1
         # Room for preempted requests beside those of the batch.
         self.slots_of = Slots(4 * self.max_batch_size, device)
         self.num_drafts: list[int] | None = None
@@ -80,8 +81,42 @@ class DelProposer(DraftModelProposer):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
-        tables = self.runner.input_batch.block_table.block_tables
-        self.policy = make_policy(self, [(table.get_device_tensor(1).shape[1], table.block_size) for table in tables])
+        # Groups of its own: those in service keep state between steps.
+        self._all_groups, _, _ = init_attn_backend(self.kv_cache_config, self.vllm_config, self.device)
+        self.policy = make_policy(self)
+
+    def made_up_round(self, rows: int, longest: int) -> tuple[DraftRows, Forward]:
+        return self._rows(rows), eager(self.segments, self.head, self.attention(longest))
+
+    def made_up_verification(self, lengths: list[int], context: int) -> None:
+        rows, tokens = len(lengths), sum(lengths)
+        slots = torch.full((len(self.slots), tokens), PAD_SLOT, device=self.device)
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        longest = context + max(lengths)
+        metadata = build_attn_metadata(
+            attn_groups=self._all_groups,
+            num_reqs=rows,
+            num_tokens=tokens,
+            query_start_loc_gpu=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            max_query_len=max(lengths),
+            seq_lens=torch.full((rows,), longest, dtype=torch.int32, device=self.device),
+            max_seq_len=longest,
+            block_tables=self._rows(rows).block_tables,
+            slot_mappings=slots,
+            kv_cache_config=self.kv_cache_config,
+            seq_lens_cpu_upper_bound=torch.full((rows,), longest, dtype=torch.int32),
+        )
+        mapping = build_slot_mappings_by_layer(slots, self.kv_cache_config)
+        with set_forward_context(metadata, self.vllm_config, num_tokens=tokens, slot_mapping=mapping):
+            output = self.model.target(
+                input_ids=torch.zeros(tokens, dtype=torch.int32, device=self.device),
+                positions=torch.full((tokens,), context, device=self.device),
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            self.model.target.compute_logits(hidden_states).argmax(-1)
 
     def prepare_inputs_padded(
         self,
@@ -153,7 +188,7 @@ class DelProposer(DraftModelProposer):
         max_model_len = self.vllm_config.model_config.max_model_len
         max_seq_len = min(common_attn_metadata.max_seq_len + num_speculative_tokens, max_model_len)
         forward = eager(self.segments, self.head, self.attention(max_seq_len, across_dp))
-        launched = draft(forward, rows, plan, max_model_len, drafts, compact=self.alone)
+        launched = draft(forward, rows, plan, max_model_len, drafts, self.compact)
         if isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts, launched)
             wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))

@@ -1,23 +1,19 @@
 """What both runners build from the configuration and the loaded target."""
 
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.model_executor.models.interfaces import supports_eagle3
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Pace, Stopwatch
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
-from vllm_del.draft.head import Head
-from vllm_del.draft.network import EarlyExitNetwork, Layers
+from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import ShadowScorer
-from vllm_del.engine.layers import early_attention_layers
 from vllm_del.engine.measure import costs_of, planning_seconds
-from vllm_del.engine.rehearsal import Rehearsal
+from vllm_del.engine.rehearsal import Performer, Rehearsal
 from vllm_del.engine.slots import Slots
 from vllm_del.policy.cost import CostTables
 from vllm_del.policy.planner import Planner
@@ -34,23 +30,14 @@ def check_target(vllm_config: VllmConfig) -> None:
         )
 
 
-class Drafter(Protocol):
+class Drafter(Performer, Protocol):
     """What both runners' drafters have when a model is loaded and its KV cache is there."""
 
-    vllm_config: VllmConfig
     model: EarlyExitNetwork
-    segments: list[Callable[..., Layers]]
-    head: Head
-    kv_cache_config: KVCacheConfig
     slots_of: Slots
-    device: torch.device
 
 
-def make_policy(
-    drafter: Drafter,
-    # of each KV cache group's block table: blocks in a row, and tokens in a block
-    tables: Sequence[tuple[int, int]],
-) -> FixedPolicy | DynamicPolicy:
+def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
     """The policy that is asked for, when all else is ready to serve: it may have to measure what a round costs."""
     vllm_config, network, head, device = drafter.vllm_config, drafter.model, drafter.head, drafter.device
     config = vllm_config.speculative_config
@@ -64,11 +51,7 @@ def make_policy(
     # wait for each other for ever.
     by_clock = on_host and vllm_config.parallel_config.tensor_parallel_size == 1
     if config.del_objective == "goodput":
-        draft_layers = early_attention_layers(network, config.exits[-1])
-        rehearsal = Rehearsal(
-            vllm_config, network, drafter.segments, head, draft_layers, drafter.kv_cache_config, tables, device
-        )
-        measured = costs_of(vllm_config, rehearsal, config.exits)
+        measured = costs_of(vllm_config, Rehearsal(drafter), config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
     shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device, by_clock)
 

@@ -7,19 +7,19 @@ own, and no prefill, because the target has computed the early layers' KV of eve
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Late
@@ -29,19 +29,24 @@ from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
-from vllm_del.engine.graphs import DraftGraphs
+from vllm_del.engine.graphs import DraftGraphs, record_any_lengths
 from vllm_del.engine.head import make_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
 
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
 
 class DelSpeculator(DraftModelSpeculator):
     """Drafts for the V2 runner. Everything that varies from step to step lives on the device."""
 
-    req_states: RequestState
-    """The runner's, set where it makes its speculator."""
+    compact: bool = False
+
+    runner: "GPUModelRunner"
+    """Set when it is complete, with its speculator in it."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -78,6 +83,7 @@ class DelSpeculator(DraftModelSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Called when the KV cache is there, once before for a trial of how much memory graphs take."""
+        record_any_lengths(self.runner, cudagraph_mode)
         self.graphs = DraftGraphs(
             self.vllm_config, self.device, cudagraph_mode, self.segments, self.head, self.input_buffers, self.exit
         )
@@ -90,8 +96,24 @@ class DelSpeculator(DraftModelSpeculator):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
-        widths = [table.shape[1] for table in self.block_tables.input_block_tables]
-        self.policy = make_policy(self, list(zip(widths, self.block_tables.block_sizes, strict=True)))
+        self.policy = make_policy(self)
+
+    def made_up_round(self, rows: int, longest: int) -> tuple[DraftRows, Forward]:
+        assert self.graphs is not None
+        batch = self.graphs.dispatch(rows, rows, uniform_token_count=1, num_active_loras=0)
+        bounds = torch.full((rows,), longest, dtype=torch.int32)
+        return self._rows(batch.num_tokens), self._forward(batch, bounds, 0, longest, None)
+
+    def made_up_verification(self, lengths: list[int], context: int) -> None:
+        """By the runner's own dummy step, and so by the graphs that it has."""
+        step = SchedulerOutput.make_empty()
+        step.num_scheduled_tokens = {f"_del_{row}": length for row, length in enumerate(lengths)}
+        step.total_num_scheduled_tokens = sum(lengths)
+        self.runner.kv_connector.set_disabled(True)
+        self.runner.execute_model(step, dummy_run=True, context_len=context)
+        self.runner.kv_connector.set_disabled(False)
+        state, self.runner.execute_model_state = self.runner.execute_model_state, None
+        self.model.target.compute_logits(state.hidden_states[: sum(lengths)]).argmax(-1)
 
     @torch.inference_mode()
     def propose(
@@ -162,7 +184,7 @@ class DelSpeculator(DraftModelSpeculator):
         lengths = input_batch.seq_lens_cpu_upper_bound[:num_rows] if has_attention else None
         forward = self._forward(batch, lengths, num_steps, max_model_len, sync)
         drafts = Drafts(self.draft_tokens[:num_padded], self.draft_token_confidence_probs[:num_padded])
-        launched = draft(forward, rows, plan, max_model_len, drafts, compact=False)
+        launched = draft(forward, rows, plan, max_model_len, drafts, self.compact)
         if not dummy_run and isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts, launched)
             self.report = Report(self.wanted, self.policy.counts())
@@ -265,7 +287,7 @@ class DelSpeculator(DraftModelSpeculator):
             batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
         )
         # Longer than its prompt is what a preempted request begins again with, and it keeps what was learnt of it.
-        whole_prompt = self.req_states.prompt_len.np[batch.idx_mapping_np[:num_rows]] == batch.prefill_len_np
+        whole_prompt = self.runner.req_states.prompt_len.np[batch.idx_mapping_np[:num_rows]] == batch.prefill_len_np
         fresh = {*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}
         return Verified(
             states=states or [],
