@@ -44,10 +44,10 @@ class Model:
         going = {at: row for at, row in enumerate(batch) if row[-1]}
         for step in range(max(row[3] for row in batch)):
             going = {at: row for at, row in going.items() if step < row[3]}
+            going = {at: row for at, row in going.items() if row[1] + step + 1 < max_model_len}
             last = {at: drafted[at][-1] for at in going if drafted[at]}
             if together and last and all((last[at] % 10) / 10 < going[at][5] for at in going):
                 break
-            going = {at: row for at, row in going.items() if row[1] + step + 1 < max_model_len}
             for at, (first, position, exit, _, stop, _, _) in list(going.items()):
                 token = (last.get(at, first) + position + step + 1 + 10**exit) % VOCAB
                 drafted[at].append(token)

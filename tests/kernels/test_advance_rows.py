@@ -1,5 +1,6 @@
 """`advance_rows` against the same thing in plain Python, one row at a time, and its kernel against the reference."""
 
+import math
 import random
 from collections.abc import Callable
 from copy import deepcopy
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_del.kernels.advance_rows import PAD_SLOT, advance_rows
+from vllm_del.kernels.advance_rows import NO_TOKEN, PAD_SLOT, Said, advance_rows
 
 from tests.kernels.conftest import OnTriton
 
@@ -29,7 +30,7 @@ class Rows:
     seq_lens: torch.Tensor
     slots: torch.Tensor
 
-    def advance(self, operation: Callable[..., None] = advance_rows) -> None:
+    def advance(self, operation: Callable[..., None] = advance_rows, said: Said | None = None) -> None:
         operation(
             self.positions[: self.num_rows],
             self.seq_lens[: self.num_rows],
@@ -38,6 +39,7 @@ class Rows:
             self.block_sizes,
             list(self.slots[:, : self.num_rows]),
             self.max_model_len,
+            said,
         )
 
 
@@ -205,14 +207,14 @@ def test_groups_must_match():
         rows.advance()
 
 
-def advanced_by_the_kernel(device: str, rows: Rows, num_steps: int) -> Rows:
+def advanced_by_the_kernel(device: str, rows: Rows, num_steps: int, said: Said | None = None) -> Rows:
     from vllm_del.kernels.advance_rows import triton
 
     rows.positions, rows.live = rows.positions.to(device), rows.live.to(device)
     rows.seq_lens, rows.slots = rows.seq_lens.to(device), rows.slots.to(device)
     rows.block_tables = [table.to(device) for table in rows.block_tables]
     for _ in range(num_steps):
-        rows.advance(triton.advance_rows)
+        rows.advance(triton.advance_rows, said)
     return rows
 
 
@@ -228,6 +230,70 @@ def check_kernel(on_triton: OnTriton, rows: Rows, num_steps: int) -> None:
 @settings(max_examples=100, deadline=None)
 def test_the_kernel_equals_the_reference(on_triton: OnTriton, rows: Rows, num_steps: int):
     check_kernel(on_triton, rows, num_steps)
+
+
+@st.composite
+def any_said(draw: st.DrawFn, rows: Rows) -> tuple[Said, list[tuple[int, float, int, float]]]:
+    """What was said of the rows, with room for a few that are in the round no more; and the same, row by row."""
+    number, step, longest = rows.num_rows, draw(st.integers(0, 3)), 4
+    sure = st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan])
+    one = st.tuples(st.integers(0, 99), sure, st.integers(0, longest), sure)
+    each = draw(st.lists(one, min_size=number, max_size=number))
+    token, confidence, length, stop_below = (list(values) for values in zip(*each, strict=True)) if each else ([],) * 4
+    order = list(range(number + 3))
+    draw(st.randoms(use_true_random=False)).shuffle(order)
+    said = Said(
+        torch.tensor(token, dtype=torch.int64),
+        torch.tensor(confidence, dtype=torch.float32),
+        step,
+        torch.tensor(length, dtype=torch.int64),
+        torch.tensor(stop_below, dtype=torch.float32),
+        torch.full((number,), GARBAGE, dtype=torch.int32),
+        torch.tensor(order[:number], dtype=torch.int64),
+        torch.full((number + 3, longest), GARBAGE, dtype=torch.int64),
+        torch.full((number + 3, longest), GARBAGE, dtype=torch.float32),
+    )
+    return said, each
+
+
+@given(data=st.data(), rows=any_rows())
+@settings(max_examples=200, deadline=None)
+def test_what_was_said_is_written_down_and_rows_stop(data: st.DataObject, rows: Rows):
+    said, each = data.draw(any_said(rows))
+    live = rows.live[: rows.num_rows].tolist()
+    silent = deepcopy(rows)
+    rows.advance(said=said)
+
+    tokens = torch.full_like(said.tokens, GARBAGE)
+    confidences = torch.full_like(said.confidences, GARBAGE)
+    for row, (token, confidence, length, stop_below) in enumerate(each):
+        tokens[said.place[row], said.step] = token if live[row] else NO_TOKEN
+        confidences[said.place[row], said.step] = confidence
+        assert said.input_ids[row] == token
+        silent.live[row] = live[row] and not confidence < stop_below and length > said.step + 1
+    assert torch.equal(said.tokens, tokens)
+    assert torch.equal(said.confidences.nan_to_num(7), confidences.nan_to_num(7))
+    # Who stops is not live at the next position, and all else is as at the beginning of a round.
+    silent.advance()
+    for name in ("positions", "live", "seq_lens", "slots"):
+        assert torch.equal(getattr(rows, name), getattr(silent, name)), name
+
+
+@given(data=st.data(), rows=any_rows())
+@settings(max_examples=60, deadline=None)
+def test_the_kernel_says_it_too(on_triton: OnTriton, data: st.DataObject, rows: Rows):
+    said, _ = data.draw(any_said(rows))
+    given, written = on_triton(ended_by_the_kernel, deepcopy(rows), deepcopy(said))
+    rows.advance(said=said)
+    for name in ("positions", "live", "seq_lens", "slots"):
+        assert torch.equal(getattr(given, name).cpu(), getattr(rows, name)), name
+    for name in ("input_ids", "tokens", "confidences"):
+        torch.testing.assert_close(getattr(written, name).cpu(), getattr(said, name), equal_nan=True)
+
+
+def ended_by_the_kernel(device: str, rows: Rows, said: Said) -> tuple[Rows, Said]:
+    said = Said(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in said))
+    return advanced_by_the_kernel(device, rows, 1, said), said
 
 
 def test_the_kernel_with_many_rows(on_triton: OnTriton):

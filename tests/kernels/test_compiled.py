@@ -108,12 +108,26 @@ def test_options(compile_for: Callable[..., Compiled], tmp_path: Path, option: s
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_advance_rows(compile_for: Callable[..., Compiled], tmp_path: Path, groups: int) -> None:
+@pytest.mark.parametrize("ends_a_step", [False, True])
+def test_advance_rows(compile_for: Callable[..., Compiled], tmp_path: Path, groups: int, ends_a_step: bool) -> None:
+    from vllm_del.kernels.advance_rows import Said
     from vllm_del.kernels.advance_rows.triton import advance_rows
 
-    rows = 256
-    positions, seq_lens, live = of(rows, dtype=torch.int64), of(rows, dtype=torch.int32), of(rows, dtype=torch.bool)
+    rows, long, real = 256, torch.int64, torch.float32
     tables = [of(rows, 2048, dtype=torch.int32)] * groups
-    slots = [of(rows, dtype=torch.int64)] * groups
-    compiled = compile_for(90, advance_rows, positions, seq_lens, live, tables, [16] * groups, slots, 32768)
+    slots = [of(rows, dtype=long)] * groups
+    said = Said(
+        of(rows, dtype=long),
+        of(rows, dtype=real),
+        1,
+        of(rows, dtype=long),
+        of(rows, dtype=real),
+        of(rows, dtype=torch.int32),
+        of(rows, dtype=long),
+        of(rows, 8, dtype=long),
+        of(rows, 8, dtype=real),
+    )
+    state = of(rows, dtype=long), of(rows, dtype=torch.int32), of(rows, dtype=torch.bool)
+    extra = (said,) if ends_a_step else ()
+    compiled = compile_for(90, advance_rows, *state, tables, [16] * groups, slots, 32768, *extra)
     check(compiled, 90, {"_advance"}, tmp_path)

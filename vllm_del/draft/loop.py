@@ -17,10 +17,7 @@ from torch.nn.functional import pad
 
 from vllm_del.draft.head import Head
 from vllm_del.draft.network import Layers
-from vllm_del.kernels.advance_rows import advance_rows
-
-NO_TOKEN = -1
-"""Where a row drafted nothing (vLLM's `PLACEHOLDER_TOKEN_ID`)."""
+from vllm_del.kernels.advance_rows import NO_TOKEN, Said, advance_rows
 
 
 @dataclass
@@ -57,6 +54,11 @@ class DraftRows:
         self.positions[:begun].add_(seq_lens).sub_(rejected)
         self.live.zero_()
         self.live[:begun].copy_(live)
+
+    def advance(self, max_model_len: int, said: Said | None = None) -> None:
+        """To the next position: from the one before the first, or after a step."""
+        tables = self.block_tables, self.block_sizes, self.slots
+        advance_rows(self.positions, self.seq_lens, self.live, *tables, max_model_len, said)
 
     def take(
         self,
@@ -160,34 +162,25 @@ def draft(forward: Forward, rows: DraftRows, plan: Plan, max_model_len: int, dra
     begun, steps = time.perf_counter(), []
     drafts.tokens.fill_(NO_TOKEN)
     place = torch.arange(rows.live.shape[0], device=rows.live.device)
-    doubtful_together = torch.zeros_like(rows.live)
+    rows.live.logical_and_(plan.length > 0)
+    rows.advance(max_model_len)
+    sure_together = rows.live
     for step in range(plan.longest):
-        rows.live.logical_and_(plan.length > step)
-        if compact and not (rows.live & ~doubtful_together).any():
+        if compact and not (rows.live & sure_together).any():
             break
-        advance_rows(
-            rows.positions,
-            rows.seq_lens,
-            rows.live,
-            rows.block_tables,
-            rows.block_sizes,
-            rows.slots,
-            max_model_len,
-        )
         if compact and not rows.live.all():
             left = rows.live.nonzero().squeeze(-1)
-            if not left.numel():
-                break
             rows, plan, place = rows.take(left), plan.take(left), place[left]
         steps.append((rows.live.shape[0], plan.deepest))
         token, confidence = forward(step, rows, plan)
         assert token.shape == rows.live.shape, "compiled layers have forgotten the number of rows"
-        drafts.tokens[place, step] = token.where(rows.live, NO_TOKEN)
-        drafts.confidence[place, step] = confidence
-        # Not `>=`, which a threshold of NaN would fail.
-        doubtful, doubtful_together = confidence < plan.stop_below
-        rows.live.logical_and_(~doubtful)
-        rows.input_ids.copy_(token)
+        alone, together = plan.stop_below
+        said = Said(
+            token, confidence, step, plan.length, alone, rows.input_ids, place, drafts.tokens, drafts.confidence
+        )
+        rows.advance(max_model_len, said)
+        if compact:
+            sure_together = ~(confidence < together)
     return Launched(steps, time.perf_counter() - begun)
 
 
