@@ -46,6 +46,7 @@ class Shape:
 
 
 SHAPES = {
+    "8b": Shape(32, 4096, 14336, 32, 8, 128_256),
     "1b": Shape(16, 2048, 8192, 32, 8, 32_000),
     "tiny": Shape(8, 512, 1024, 8, 2, 1_000),
 }
@@ -59,11 +60,13 @@ def tokens_of(vocab_size: int, name: str) -> range:
 
 
 class Synthetic:
-    """A model under construction: its embeddings can be given other sizes, the rest is drawn once."""
+    """A model under construction, on torch's default device: its embeddings can be given other sizes, the rest is drawn
+    once."""
 
     def __init__(self, shape: Shape, seed: int) -> None:
         self.shape = shape
-        self.random = torch.Generator().manual_seed(seed)
+        device = torch.get_default_device()
+        self.random = torch.Generator(device).manual_seed(seed)
         config = LlamaConfig(
             **asdict(shape),
             max_position_embeddings=8192,
@@ -75,7 +78,7 @@ class Synthetic:
         )
         with torch.device("meta"):
             self.model = LlamaForCausalLM(config)
-        self.model = self.model.to(torch.bfloat16).to_empty(device="cpu").eval()
+        self.model = self.model.to(torch.bfloat16).to_empty(device=device).eval()
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
         self._draw_layers()
         hidden = shape.hidden_size
@@ -211,9 +214,11 @@ def main() -> None:
     parser.add_argument("--hard", type=float, default=0.0, help="agreement of hard tokens at --exit")
     parser.add_argument("--exit", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where it is made; on another one it is another model")
     args = parser.parse_args()
     wanted = {"easy": args.easy, "hard": args.hard}
-    print(json.dumps(make(SHAPES[args.shape], wanted, args.exit, args.out, args.seed), indent=1))
+    with torch.device(args.device):
+        print(json.dumps(make(SHAPES[args.shape], wanted, args.exit, args.out, args.seed), indent=1))
 
 
 if __name__ == "__main__":

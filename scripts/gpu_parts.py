@@ -1,0 +1,236 @@
+"""The parts of gpu_check.py: `python gpu_parts.py PART SETTINGS` prints the figures of one, the last line, in JSON."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+import torch
+from synthetic import tokens_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPT_TOKENS = 32
+AGREEMENTS = {"0.9": "easy", "0.8": "hard"}
+"""The model's two classes of tokens, by how often the chosen exit agrees."""
+VOCABULARY, HIDDEN, SHORTLIST = 128_256, 4096, 32_768
+ROWS = (1, 2, 4, 8, 16)
+NEAR_TIE = 0.1
+"""Two tokens whose log-probabilities differ by less may change places in bfloat16."""
+
+
+def exit_head(_given: dict[str, Any]) -> dict[str, Any]:
+    """The kernel beside what torch makes of the same, eager and compiled, on the head of an 8B model."""
+    from triton.testing import do_bench
+    from vllm_del.kernels.exit_head import exit_head
+
+    def in_torch(states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (states @ weight.T).float()
+        return logits.argmax(-1), logits.logsumexp(-1)
+
+    def milliseconds(run: Callable[[], Any]) -> float:
+        return do_bench(run, return_mode="median")
+
+    weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE, dtype=torch.bfloat16) * 0.02
+    shortlist = torch.randperm(VOCABULARY, device=DEVICE)[:SHORTLIST].sort().values
+    speed, rows = copy_bandwidth(), {}
+    for number in ROWS:
+        states = torch.randn(number, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+        ours = milliseconds(partial(exit_head, states, weight))
+        eager = milliseconds(partial(in_torch, states, weight))
+        fused = milliseconds(partial(torch.compile(in_torch, dynamic=False), states, weight))
+        short = milliseconds(partial(exit_head, states, weight, shortlist=shortlist))
+        rows[str(number)] = {
+            "milliseconds": ours,
+            "torch_eager": eager,
+            "torch_compiled": fused,
+            "shortlist": short,
+            "share_of_bandwidth": weight.nbytes / (ours / 1e3) / speed,
+            "over_torch": min(eager, fused) / ours,
+            "shortlist_over_whole": short / ours,
+        }
+    return {"device": torch.cuda.get_device_name(), "copy_bandwidth": speed, "rows": rows}
+
+
+def lossless(given: dict[str, Any]) -> dict[str, Any]:
+    """Greedy texts with drafts beside those without: the same in float32, and in bfloat16 but for near-ties."""
+    model = made(Path(given["folder"]), "tiny", 2)
+    prompts = [prompt for name in AGREEMENTS for prompt in prompts_of(model, name, given["texts"])]
+    found: dict[str, Any] = {}
+    # One that is gone takes with it what others in this process need.
+    engines = []
+    for dtype in ("float32", "bfloat16"):
+        texts = []
+        for spec in (None, {"method": "del", "del_exit_layers": [2, 4], "num_speculative_tokens": 6}):
+            llm = engine(model, spec, dtype=dtype, gpu_memory_utilization=0.2, **given.get("engine", {}))
+            engines.append(llm)
+            texts.append([output.outputs[0] for output in generate(llm, prompts, given["tokens"], logprobs=5)])
+        found[f"{dtype}_drafted"] = accepted(llm)
+        assert found[f"{dtype}_drafted"] > 0, "nothing was drafted: there is nothing to see"
+        apart = [near_tie(off, on) for off, on in zip(*texts, strict=True) if off.token_ids != on.token_ids]
+        found[f"{dtype}_texts"], found[f"{dtype}_apart"] = len(prompts), apart
+        if dtype == "float32":
+            assert not apart, f"{len(apart)} texts differ in float32"
+        assert all(difference is not None for difference in apart), (
+            f"a text differs where there is no near-tie: {apart}"
+        )
+    return found
+
+
+def near_tie(off: Any, on: Any) -> float | None:
+    """By how much the target prefers its own token to the other one where two texts part; None if clearly."""
+    at = next(i for i, (a, b) in enumerate(zip(off.token_ids, on.token_ids, strict=True)) if a != b)
+    known = off.logprobs[at]
+    if on.token_ids[at] not in known:
+        return None
+    difference = known[off.token_ids[at]].logprob - known[on.token_ids[at]].logprob
+    return difference if difference < NEAR_TIE else None
+
+
+def off(given: dict[str, Any]) -> dict[str, Any]:
+    """vLLM without drafts."""
+    model = made(Path(given["folder"]), given["shape"], given["exit"])
+    llm = engine(model, None, **given.get("engine", {}))
+    return {"tokens_per_second": rates(llm, model, given), "kv_cache_bytes": kv_cache_bytes(llm)}
+
+
+def with_drafts(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with drafts, and what a draft step takes beside the bytes it reads."""
+    model, exit = made(Path(given["folder"]), given["shape"], given["exit"]), given["exit"]
+    exits = sorted({max(1, exit // 2), exit, 2 * exit})
+    spec = {"method": "del", "del_exit_layers": exits}
+    llm = engine(model, spec, **given.get("engine", {}))
+    found = {"tokens_per_second": rates(llm, model, given), "accepted": accepted(llm)}
+    found["nothing_drafted"] = rate(llm, prompts_of(model, "0.8", 1), given["tokens"], {"del": {"enabled": False}})
+    found["kv_cache_bytes"] = kv_cache_bytes(llm)
+    ((steps, step_bytes, found["model_bytes"]),) = llm.collective_rpc(_draft_steps, args=(exits.index(exit) + 1,))
+    speed = copy_bandwidth()
+    found["draft_step_seconds"] = steps
+    found["draft_step_over_bytes"] = {rows: seconds / (step_bytes / speed) for rows, seconds in steps.items()}
+    return found
+
+
+def _draft_steps(worker: Any, segments: int) -> tuple[dict[str, float], int, int]:
+    """In the worker: seconds of a draft step by rows, and the bytes of what it reads and of the whole model."""
+    from vllm_del.engine.patches import drafter_of
+    from vllm_del.engine.rehearsal import Rehearsal
+
+    drafter = drafter_of(worker.model_runner)
+    rehearsal, seconds = Rehearsal(drafter), {}
+    for rows in ROWS:
+        run, times = rehearsal.drafting(rows, segments, rehearsal.context), []
+        for _ in range(12):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        seconds[str(rows)] = median(times[2:]) / rehearsal.steps
+    target = drafter.model.target
+    depth = drafter.speculative_config.exits[segments - 1]
+    read = [parameter for layer in drafter.model.layers[:depth] for parameter in layer.parameters()]
+    read.append(target.lm_head.weight)
+    whole = sum(parameter.nbytes for parameter in target.parameters())
+    return seconds, sum(parameter.nbytes for parameter in read), whole
+
+
+def made(folder: Path, shape: str, exit: int) -> Path:
+    """The synthetic checkpoint of this shape, made where it is not there yet."""
+    model = folder / f"{shape}-exit-{exit}"
+    if not (model / "synthetic.json").exists():
+        wanted = [text for name, kind in AGREEMENTS.items() for text in (f"--{kind}", name)]
+        script = str(Path(__file__).parent / "synthetic.py")
+        options = ["--shape", shape, "--exit", str(exit), "--out", str(model), "--device", DEVICE]
+        subprocess.run([sys.executable, script, *wanted, *options], check=True, stdout=sys.stderr)
+    return model
+
+
+def prompts_of(model: Path, agreement: str, number: int) -> list[list[int]]:
+    """As many prompts of the class that agrees so often."""
+    pool = tokens_of(json.loads((model / "config.json").read_text())["vocab_size"], AGREEMENTS[agreement])
+    rng = random.Random(f"{agreement} {number}")
+    return [rng.choices(pool, k=PROMPT_TOKENS) for _ in range(number)]
+
+
+def engine(model: Path, spec: dict[str, Any] | None, **options: Any) -> Any:
+    """vLLM as it comes, but for the longest text; with statistics, so that drafts are counted."""
+    from vllm import LLM
+
+    return LLM(
+        str(model),
+        speculative_config=spec,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        **options,
+    )
+
+
+def generate(llm: Any, prompts: list[list[int]], tokens: int, **options: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **options)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+
+def rate(llm: Any, prompts: list[list[int]], tokens: int, extra: dict[str, Any] | None = None) -> float:
+    """Tokens a second: the median of three runs after one that does not count."""
+    seconds: list[float] = []
+    while len(seconds) < 4:
+        begin = time.perf_counter()
+        generate(llm, prompts, tokens, extra_args=extra)
+        seconds.append(time.perf_counter() - begin)
+    return len(prompts) * tokens / median(seconds[1:])
+
+
+def rates(llm: Any, model: Path, given: dict[str, Any]) -> dict[str, float]:
+    """By agreement and number of sequences."""
+    batches = [("0.9", given["batches"][0]), *(("0.8", number) for number in given["batches"])]
+    return {
+        f"{kind} x{number}": rate(llm, prompts_of(model, kind, number), given["tokens"]) for kind, number in batches
+    }
+
+
+def accepted(llm: Any) -> int:
+    """Drafts accepted so far."""
+    return sum(
+        int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_accepted_tokens"
+    )
+
+
+def kv_cache_bytes(llm: Any) -> int:
+    """What vLLM found room for."""
+    (config,) = llm.collective_rpc(_kv_cache_bytes)
+    return config
+
+
+def _kv_cache_bytes(worker: Any) -> int:
+    return sum(tensor.size for tensor in worker.model_runner.kv_cache_config.kv_cache_tensors)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.zeros(1 << 30 if DEVICE == "cuda" else 1 << 26, dtype=torch.uint8, device=DEVICE)
+    to, seconds = torch.empty_like(source), []
+    for _ in range(12):
+        if DEVICE == "cuda":
+            torch.accelerator.synchronize()
+        begin = time.perf_counter()
+        to.copy_(source)
+        if DEVICE == "cuda":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * source.nbytes / median(seconds[2:])
+
+
+if __name__ == "__main__":
+    parts = {"exit_head": exit_head, "lossless": lossless, "off": off, "del": with_drafts}
+    figures = parts[sys.argv[1]](json.loads(sys.argv[2]))
+    print(json.dumps(figures))

@@ -1,0 +1,78 @@
+"""The GPU check where there is no GPU: its parts run on what there is, and what was not measured is not claimed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+@pytest.mark.engine
+def test_parts_run_on_a_small_model(tmp_path: Path) -> None:
+    out = tmp_path / "check.json"
+    options = "--parts lossless,del --shape tiny --exit 2 --batches 1 --texts 1 --tokens 16 --eager"
+    options += f" --out {out} --folder {tmp_path}"
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr + (out.read_text() if out.exists() else "")
+    found = json.loads(out.read_text())
+    assert found["lossless"]["float32_drafted"] > 0
+    assert found["lossless"]["float32_apart"] == []
+    assert found["del"]["tokens_per_second"].keys() == {"0.9 x1", "0.8 x1"}
+    assert all(over > 1 for over in found["del"]["draft_step_over_bytes"].values())
+    assert "not measured" in done.stdout, "nothing was run without drafts, so there is no speed-up"
+
+
+def test_what_was_not_measured_is_said_to_be(scripts: None) -> None:
+    from gpu_check import compared
+
+    rows = {what: rest for what, *rest in compared({})}
+    assert rows["8B, agreement 0.9 x1: speed-up"] == ["not measured", ""]
+    assert rows["kernels"] == ["not run", ""]
+
+
+def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
+    from gpu_check import compared
+
+    found: dict[str, Any] = {
+        "off": {"tokens_per_second": {"0.9 x1": 100.0, "0.8 x1": 100.0, "0.8 x8": 500.0}, "kv_cache_bytes": 1000},
+        "del": {
+            "tokens_per_second": {"0.9 x1": 210.0, "0.8 x1": 140.0, "0.8 x8": 480.0},
+            "nothing_drafted": 99.5,
+            "draft_step_over_bytes": {"1": 1.1, "16": 1.3},
+            "kv_cache_bytes": 990,
+            "model_bytes": 1000,
+        },
+    }
+    reached = {what: verdict.split(",")[0] for what, _, verdict in compared(found) if verdict}
+    assert reached == {
+        "draft step, 1 rows: time over bytes / bandwidth": "yes",
+        "draft step, 16 rows: time over bytes / bandwidth": "NO",
+        "8B, agreement 0.9 x1: speed-up": "yes",
+        "8B, agreement 0.8 x1: speed-up": "NO",
+        "8B, agreement 0.8: least speed-up of all batches": "NO",
+        "nothing drafted: speed-up": "yes",
+        "memory beyond off, of the model": "yes",
+    }
+
+
+def test_near_ties(scripts: None) -> None:
+    from gpu_parts import near_tie
+
+    def text(*tokens: int) -> SimpleNamespace:
+        known = {1: SimpleNamespace(logprob=-0.6), 2: SimpleNamespace(logprob=-0.65), 3: SimpleNamespace(logprob=-2.0)}
+        return SimpleNamespace(token_ids=list(tokens), logprobs=[known] * len(tokens))
+
+    assert near_tie(text(1, 1), text(1, 2)) == pytest.approx(0.05)
+    assert near_tie(text(1, 1), text(1, 3)) is None
+    assert near_tie(text(1, 1), text(1, 9)) is None
