@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.checkpoints import checkpoint
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -19,6 +21,10 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.engine
 def test_parts_run_on_a_small_model(tmp_path: Path) -> None:
+    # In the place of a synthetic model, which takes longer to make than all the rest.
+    model = Path(checkpoint(tmp_path, "llama", num_hidden_layers=8, max_position_embeddings=1024))
+    (model / "synthetic.json").write_text("{}")
+    model.rename(tmp_path / "tiny-exit-2")
     out = tmp_path / "check.json"
     options = "--parts lossless,del --shape tiny --exit 2 --batches 1 --texts 1 --tokens 16 --eager"
     options += f" --out {out} --folder {tmp_path}"
