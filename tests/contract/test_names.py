@@ -148,7 +148,7 @@ class TestAttributes:
                 RUNNER_V2,
                 "vllm_config device req_states attn_groups decode_query_len lora_capture_cases ubatch_runner "
                 "cudagraph_manager kv_connector execute_model_state",
-                "engine/speculator.py, engine/graphs.py",
+                "engine/speculator.py, engine/verification.py",
             ),
             ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager", "graphs", "engine/graphs.py"),
             ("vllm.config:ModelConfig", "model get_total_num_hidden_layers", "config.py"),

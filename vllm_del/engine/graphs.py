@@ -1,5 +1,4 @@
-"""CUDA graphs: of draft steps, which are replayed, not launched operation by operation, and of verifications of any
-lengths.
+"""Draft steps as CUDA graphs: replayed, not launched operation by operation.
 
 A step is recorded in stages, one for each segment of layers between candidate exits and one for the LM head, so that
 every layer is recorded once for a size of batch, whatever exits a round has in it. Between stages the rows' states lie
@@ -9,7 +8,6 @@ in buffers of their own. Recording, memory pool, sizes of batches and the choice
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import VllmConfig
@@ -17,13 +15,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import (
     AttentionState,
     BatchExecutionDescriptor,
     CudaGraphManager,
-    ModelCudaGraphManager,
     prepare_inputs_to_capture,
 )
 from vllm.v1.worker.gpu.input_batch import InputBuffers
@@ -33,38 +29,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_del.draft.head import Head
 from vllm_del.draft.network import Layers
 
-if TYPE_CHECKING:
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
 logger = init_logger(f"vllm.{__name__}")
-
-
-def record_any_lengths(runner: "GPUModelRunner", cudagraph_mode: CUDAGraphMode) -> None:
-    """Have the target's graphs of decodes be for rows of any lengths up to the longest, where attention can do it.
-
-    Called before they are recorded. As vLLM makes them without its adaptive verification, they are for rows of the
-    longest length alone: a round in which rows draft less, or nothing, would run without.
-    """
-    if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL or not cudagraph_mode.separate_routine():
-        return
-    unsupported = get_varlen_cudagraph_unsupported_backend(
-        runner.attn_groups, runner.vllm_config, runner.decode_query_len
-    )
-    if unsupported is not None:
-        logger.info_once(
-            "del: %s replays no graphs for drafts of different lengths: rounds that have some run without one",
-            unsupported[0],
-        )
-        return
-    runner.cudagraph_manager = ModelCudaGraphManager(
-        runner.vllm_config,
-        runner.device,
-        cudagraph_mode,
-        decode_query_len=runner.decode_query_len,
-        lora_capture_cases=runner.lora_capture_cases,
-        varlen_decode=True,
-        ubatch_runner=runner.ubatch_runner,
-    )
 
 
 @dataclass(frozen=True)

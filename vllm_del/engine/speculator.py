@@ -14,7 +14,6 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
@@ -29,12 +28,13 @@ from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.upload import upload
 from vllm_del.engine.compiled import compiled_segments
-from vllm_del.engine.graphs import DraftGraphs, record_any_lengths
+from vllm_del.engine.graphs import DraftGraphs
 from vllm_del.engine.head import make_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
+from vllm_del.engine.verification import record_any_lengths, run_made_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -105,15 +105,8 @@ class DelSpeculator(DraftModelSpeculator):
         return self._rows(batch.num_tokens), self._forward(batch, bounds, 0, longest, None)
 
     def made_up_verification(self, lengths: list[int], context: int) -> None:
-        """By the runner's own dummy step, and so by the graphs that it has."""
-        step = SchedulerOutput.make_empty()
-        step.num_scheduled_tokens = {f"_del_{row}": length for row, length in enumerate(lengths)}
-        step.total_num_scheduled_tokens = sum(lengths)
-        self.runner.kv_connector.set_disabled(True)
-        self.runner.execute_model(step, dummy_run=True, context_len=context)
-        self.runner.kv_connector.set_disabled(False)
-        state, self.runner.execute_model_state = self.runner.execute_model_state, None
-        self.model.target.compute_logits(state.hidden_states[: sum(lengths)]).argmax(-1)
+        states = run_made_up(self.runner, lengths, context)
+        self.model.target.compute_logits(states).argmax(-1)
 
     @torch.inference_mode()
     def propose(

@@ -1,0 +1,62 @@
+"""Verifications on Model Runner V2: graphs for drafts of any lengths, and made-up ones for the measurement of costs."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
+from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def record_any_lengths(runner: "GPUModelRunner", cudagraph_mode: CUDAGraphMode) -> None:
+    """Have the target's graphs of decodes be for rows of any lengths up to the longest, where attention can do it.
+
+    Called before they are recorded. As vLLM makes them without its adaptive verification, they are for rows of the
+    longest length alone: a round in which rows draft less, or nothing, would run without.
+    """
+    if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL or not cudagraph_mode.separate_routine():
+        return
+    unsupported = get_varlen_cudagraph_unsupported_backend(
+        runner.attn_groups, runner.vllm_config, runner.decode_query_len
+    )
+    if unsupported is not None:
+        logger.info_once(
+            "del: %s replays no graphs for drafts of different lengths: rounds that have some run without one",
+            unsupported[0],
+        )
+        return
+    runner.cudagraph_manager = ModelCudaGraphManager(
+        runner.vllm_config,
+        runner.device,
+        cudagraph_mode,
+        decode_query_len=runner.decode_query_len,
+        lora_capture_cases=runner.lora_capture_cases,
+        varlen_decode=True,
+        ubatch_runner=runner.ubatch_runner,
+    )
+
+
+def run_made_up(runner: "GPUModelRunner", lengths: list[int], context: int) -> torch.Tensor:
+    """A forward over rows of so many tokens each, after `context` tokens, as the runner's own dummy steps are, and so
+    by the graphs that it has; the hidden states [tokens, hidden size]."""
+    tokens, alike = sum(lengths), len({*lengths}) == 1
+    batch = runner.cudagraph_manager.dispatch(
+        len(lengths), tokens, lengths[0] if alike else None, num_active_loras=0, max_query_len=max(lengths)
+    )
+    # It has as many rows as the graph was recorded with, and tokens shared out among them: so much context in all.
+    context = context * len(lengths) // (batch.num_reqs or len(lengths))
+    step = SchedulerOutput.make_empty()
+    step.num_scheduled_tokens = {f"_del_{row}": length for row, length in enumerate(lengths)}
+    step.total_num_scheduled_tokens = tokens
+    runner.kv_connector.set_disabled(True)
+    runner.execute_model(step, dummy_run=True, context_len=context, randomize_inputs=True)
+    runner.kv_connector.set_disabled(False)
+    state, runner.execute_model_state = runner.execute_model_state, None
+    return state.hidden_states[:tokens]
