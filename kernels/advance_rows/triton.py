@@ -49,8 +49,8 @@ def advance_rows(
     )
 
 
-# Batches of other sizes, and other steps, must not be compiled for while serving.
-@triton.jit(do_not_specialize=["num_rows", "step"])
+# No other batch, step or round, and not the one that costs are measured with, must be compiled for.
+@triton.jit(do_not_specialize=["num_rows", "step", "tokens_stride", "confidences_stride", "max_model_len"])
 def _advance(
     positions,
     seq_lens,

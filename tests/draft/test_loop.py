@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_del.draft.loop import NO_TOKEN, DraftRows, Drafts, Plan, draft, eager
+from vllm_del.draft.together import Together
 
 CPU = torch.device("cpu")
 VOCAB = 1000
@@ -38,21 +39,27 @@ class Model:
         return token, (token % 10) / 10
 
     @staticmethod
-    def expected(batch, max_model_len: int, together: bool) -> list[list[int]]:
+    def expected(batch, max_model_len: int, together: Together | None) -> list[list[int]]:
         """Of all rows of a batch, step by step."""
         drafted: list[list[int]] = [[] for _ in batch]
+        survived = [1.0] * len(batch)
         going = {at: row for at, row in enumerate(batch) if row[-1]}
         for step in range(max(row[3] for row in batch)):
-            going = {at: row for at, row in going.items() if step < row[3]}
-            going = {at: row for at, row in going.items() if row[1] + step + 1 < max_model_len}
-            last = {at: drafted[at][-1] for at in going if drafted[at]}
-            if together and last and all((last[at] % 10) / 10 < going[at][5] for at in going):
-                break
-            for at, (first, position, exit, _, stop, _, _) in list(going.items()):
-                token = (last.get(at, first) + position + step + 1 + 10**exit) % VOCAB
+            going = {at: row for at, row in going.items() if step < row[3] and row[1] + step + 1 < max_model_len}
+            if together is not None and step and going:
+                brings = [survived[at] * together.acceptance[at] - together.itself[at] for at in going]
+                if sum(brings) < together.shared:
+                    break
+            for at, (first, position, exit, _, stop, _) in list(going.items()):
+                token = ((drafted[at] or [first])[-1] + position + step + 1 + 10**exit) % VOCAB
                 drafted[at].append(token)
-                if (token % 10) / 10 < stop:
+                sure = (token % 10) / 10
+                if sure < stop:
                     del going[at]
+                if together is not None:
+                    doubtful = sure < together.doubt_below[at]
+                    chance = together.offset[at] + together.slope[at] * sure
+                    survived[at] *= min(max(chance, 0.0), 1.0) if doubtful else together.acceptance[at]
         return drafted
 
 
@@ -74,21 +81,35 @@ row = st.tuples(
     st.integers(0, 60),
     st.integers(0, 2),
     st.integers(0, 5),
-    st.sampled_from([0.0, 0.15, 0.35, 0.55]),
-    st.sampled_from([0.0, 0.35, 0.75, 0.85]),
+    st.sampled_from([math.nan, 0.0, 0.15, 0.35, 0.55]),
     st.booleans(),
 )
 
+# Of a row: acceptance, doubt, offset, slope, and what it has to bring. In sums of these no two orders differ.
+of_together = st.tuples(
+    st.sampled_from([0.25, 0.5, 0.75, 1.0]),
+    st.sampled_from([math.nan, 0.25, 0.65]),
+    st.sampled_from([-0.25, 0.0, 0.25]),
+    st.sampled_from([0.0, 1.0, 2.0]),
+    st.sampled_from([0.0, 0.125, 0.25]),
+)
 
-@settings(max_examples=150, deadline=None)
-@given(batch=st.lists(row, min_size=1, max_size=5), compact=st.booleans(), never=st.booleans())
-def test_each_row_drafts_its_plan(batch, compact: bool, never: bool) -> None:
+
+@settings(max_examples=300, deadline=None)
+@given(
+    batch=st.lists(row, min_size=1, max_size=5),
+    compact=st.booleans(),
+    by_row=st.none() | st.lists(of_together, min_size=5, max_size=5),
+    shared=st.sampled_from([-1.0, 0.3, 0.7, 1.3]),
+)
+def test_each_row_drafts_its_plan(batch, compact: bool, by_row, shared: float) -> None:
     max_model_len, most = 63, 5
-    if never:
-        batch = [(*row[:4], math.nan, math.nan, row[-1]) for row in batch]
-    tokens, positions, exits, lengths, *stops, live = map(list, zip(*batch, strict=True))
-    model = Model(3)
-    plan = Plan(torch.tensor(exits), torch.tensor(lengths), torch.tensor(stops), max(exits), max(lengths))
+    tokens, positions, exits, lengths, stops, live = map(list, zip(*batch, strict=True))
+    model, together = Model(3), None
+    if by_row is not None:
+        columns = torch.tensor(by_row[: len(batch)], dtype=torch.float64).T
+        together = Together(*columns, torch.tensor(shared))  # type: ignore[misc]
+    plan = Plan(torch.tensor(exits), torch.tensor(lengths), torch.tensor(stops), max(exits), max(lengths), together)
     drafts = Drafts(torch.zeros(len(batch), most, dtype=torch.int64), torch.zeros(len(batch), most))
     draft(
         eager(model.segments, model.head, lambda step, rows: nullcontext()),
@@ -100,7 +121,7 @@ def test_each_row_drafts_its_plan(batch, compact: bool, never: bool) -> None:
     )
     drafted = []
     # Where nothing is taken out of the batch, no step is saved by ending the round.
-    for at, expected in enumerate(Model.expected(batch, max_model_len, together=compact)):
+    for at, expected in enumerate(Model.expected(batch, max_model_len, together if compact else None)):
         drafted.append(len(expected))
         assert drafts.tokens[at].tolist() == expected + [NO_TOKEN] * (most - len(expected))
         sure = [(token % 10) / 10 for token in expected]
@@ -123,6 +144,29 @@ def test_rows_of_padding_draft_nothing() -> None:
 
 
 def test_plan_for_ranks_that_go_in_step() -> None:
-    plan = Plan(torch.tensor([1]), torch.tensor([2]), torch.full((2, 1), 0.5), 1, 2).padded(3, 2, 4)
+    plan = Plan(torch.tensor([1]), torch.tensor([2]), torch.full((1,), 0.5), 1, 2).padded(3, 2, 4)
     assert plan.length.tolist() == [2, 0, 0]
     assert (plan.deepest, plan.longest) == (2, 4)
+
+
+def test_few_rows_do_not_pay_for_a_step_that_many_would() -> None:
+    """Two of four rows are through with their drafts; what is left of the others is not worth a step of all."""
+    rows = 4
+    batch = [(5, 10, 0, 2 if at < 2 else 5, math.nan, True) for at in range(rows)]
+    values = [torch.full((rows,), value) for value in (0.9, math.nan, 0.0, 0.0, 0.1)]
+    drafted = []
+    for shared in (0.0, 1.5):
+        plan = Plan(
+            torch.zeros(rows, dtype=torch.int64),
+            torch.tensor([row[3] for row in batch]),
+            torch.full((rows,), math.nan),
+            0,
+            5,
+            Together(*values, torch.tensor(shared)),  # type: ignore[misc]
+        )
+        drafts = Drafts(torch.zeros(rows, 5, dtype=torch.int64), torch.zeros(rows, 5))
+        model, live = Model(1), [True] * rows
+        forward = eager(model.segments, model.head, lambda step, rows: nullcontext())
+        draft(forward, rows_of([5] * rows, [10] * rows, live), plan, 63, drafts, True)
+        drafted.append((drafts.tokens != NO_TOKEN).sum(1).tolist())
+    assert drafted == [[2, 2, 5, 5], [2, 2, 2, 2]]

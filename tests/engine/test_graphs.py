@@ -58,7 +58,7 @@ def test_costs_are_those_of_graphs(host: Host, checkpoints: Path) -> None:
     with _recorded(host, model, FIXED):
         replays = host.call(_rehearse, model, FIXED)
         again = host.generate(model, PROMPTS, GREEDY, FIXED, **ENGINE)
-    # Three steps of two rows; five tokens in rows of four and one; two in rows of one.
+    # Three steps of two rows; five tokens, padded to sixteen; two, padded to four.
     assert replays == {(4, 0): 3, (4, 1): 3, (16, None): 1, (4, None): 1}
     assert again == expected
 
@@ -70,8 +70,10 @@ def test_metadata_is_updated_in_place_or_built(host: Host, checkpoints: Path) ->
     with _recorded(host, model, FIXED):
         built = [host.call(_count_builds, model, FIXED, updates) for updates in (True, False)]
     assert [outcome["completions"] for outcome in built] == [expected.completions] * 2
-    rounds, steps = (outcome["builds"] for outcome in built)
-    assert 0 < rounds < steps
+    # Before every step the one or the other, for all of its rows.
+    rounds, steps = built
+    assert 0 < rounds["builds"] < steps["builds"] == rounds["builds"] + rounds["updates"]
+    assert steps["updates"] == 0
 
 
 @contextmanager
@@ -161,8 +163,10 @@ def _count_builds(model: str, spec: dict[str, Any], updates: bool) -> dict[str, 
         builds.append(kwargs["step"])
         return build(*args, **kwargs)
 
+    updated = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculator, "_update_draft_decode_metadata", lambda *given: updated.append(given))
         patch.setattr(speculator, "supports_decode_metadata_update", updates)
         patch.setattr(speculator, "_build_attn_metadata", counted)
         outcome = engines._serve(model, tuple(Arrival(prompt, GREEDY) for prompt in PROMPTS), spec, ENGINE)
-    return {"completions": outcome.completions, "builds": len(builds)}
+    return {"completions": outcome.completions, "builds": len(builds), "updates": len(updated)}

@@ -197,7 +197,7 @@ def test_rising_means_are_those_of_pooled_neighbours(seen: list[tuple[float, int
     assert rising(rates * counts, counts)[0].tolist() == pytest.approx(expected, abs=1e-9)
 
 
-def test_confidence_of_a_chance_is_on_the_least_squares_line() -> None:
+def test_chances_by_confidence_are_on_the_least_squares_line() -> None:
     """Against numpy's line through the same points, unfaded."""
     rng = np.random.default_rng(0)
     statistics = AcceptanceStatistics(2, 1, torch.device("cpu"), decay=1.0)
@@ -207,7 +207,6 @@ def test_confidence_of_a_chance_is_on_the_least_squares_line() -> None:
         values = torch.tensor([[[[m]]]]), torch.tensor([[[[c]]]]), torch.ones(1, 1, 1, 1, dtype=torch.bool)
         statistics.observe(torch.tensor([1]), *values)
     slope, intercept = np.polyfit(confidence, matched, 1)
-    for chance in (0.2, 0.6, 0.9):
-        found = statistics.confidence_of(torch.tensor([1]), torch.full((1, 1), chance, dtype=torch.float64))
-        assert found.item() == pytest.approx((chance - intercept) / slope, rel=1e-5)
-    assert statistics.confidence_of(torch.tensor([0]), torch.full((1, 1), 0.5)).item() == -math.inf
+    found = torch.stack(statistics.by_confidence(torch.tensor([1, 0])))[..., 0].T.tolist()
+    assert found[0] == pytest.approx([intercept, slope], rel=1e-5)
+    assert all(math.isnan(value) for value in found[1]), "nothing is known of the other one"

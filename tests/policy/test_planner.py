@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -141,15 +142,14 @@ def test_a_long_context_makes_drafts_dear() -> None:
     assert decision.length.tolist() == [LENGTH, 0]
 
 
-def test_a_draft_is_worth_its_own_time_and_its_share() -> None:
+def test_a_draft_is_worth_its_own_time_and_a_step_the_rest() -> None:
     tables = costs(layer=1.0, layer_row=0.1, head=1.0, token=0.4)
     planner = Planner(torch.tensor(DEPTHS), tables, LENGTH)
     decision = settled(planner, torch.full((ROWS, 2), 0.9, dtype=torch.float64), torch.full((ROWS,), LENGTH))
     assert decision.exit.tolist() == [0] * ROWS
     price = decision.tokens / (decision.draft_time + decision.verify_time)
-    itself, with_share = decision.worth / price
-    assert itself.tolist() == pytest.approx([DEPTHS[0] * 0.1 + 0.4] * ROWS)
-    assert with_share.sum().item() == pytest.approx(0.1 + DEPTHS[0] * (1.0 + 0.1 * ROWS) + 1.0 + 0.4 * ROWS)
+    assert (decision.worth / price).tolist() == pytest.approx([DEPTHS[0] * 0.1 + 0.4] * ROWS)
+    assert (decision.step_worth / price).item() == pytest.approx(0.1 + DEPTHS[0] * 1.0 + 1.0)
 
 
 def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
@@ -170,15 +170,22 @@ def test_a_plan_is_kept_while_no_other_is_clearly_better() -> None:
 
 
 def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
-    """The figure promised for the CPU backend; the shortest of many times, as the machine may be busy."""
+    """The figure promised for the CPU backend, where an addition of torch's takes 2 microseconds. On a machine that is
+    slower, or busy, both take longer; of both the shortest of many times."""
     tables = CostTables(MeasuredCosts(0.1, (1, 8), (1.0, 1.5), (1, 8), (1.0, 1.2), (1, 72), (16.0, 40.0)), 8, 8, CPU)
     planner = Planner(torch.tensor([2, 3, 5, 8]), tables, 8)
     acceptance = torch.rand(8, 4, dtype=torch.float64)
     limit, context = torch.full((8,), 8), torch.full((8,), 300)
-    times = []
-    for _ in range(101):
-        begin = time.perf_counter()
-        planner.plan(acceptance, limit, context)
-        times.append(time.perf_counter() - begin)
-    print(f"{min(times) * 1e3:.3f} ms")
-    assert min(times) < 1e-3
+
+    def shortest(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(101):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    addition = shortest(lambda: [acceptance + acceptance for _ in range(20)]) / 20
+    planning = shortest(lambda: planner.plan(acceptance, limit, context))
+    print(f"{planning * 1e3:.3f} ms, additions of {addition * 1e6:.1f} us")
+    assert planning < 500 * max(addition, 2e-6)

@@ -14,6 +14,7 @@ from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched, Plan
 from vllm_del.draft.outcome import Drafted, LastDrafts, Outcome, matches
 from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
+from vllm_del.draft.together import Together
 from vllm_del.draft.upload import upload
 from vllm_del.policy.acceptance import AcceptanceStatistics
 from vllm_del.policy.objective import best_by_tokens_per_layer
@@ -59,10 +60,11 @@ class Choice:
     slots: torch.Tensor
     exit: torch.Tensor
     length: torch.Tensor
-    # [2, rows, exits] float64: as `Plan` has it of one exit
+    # [rows, exits] float64: as `Plan` has it of one exit
     stop_below: torch.Tensor
     # [rows, exits] float64: what acceptance is expected
     acceptance: torch.Tensor
+    together: Together | None = None
 
 
 class FixedPolicy:
@@ -72,7 +74,7 @@ class FixedPolicy:
         self.max_length = max_length
 
     def plan(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> Plan:
-        never = torch.full((2, len(limit)), torch.nan, device=limit.device)
+        never = torch.full((len(limit),), torch.nan, device=limit.device)
         return Plan(torch.zeros_like(limit), limit, never, deepest=0, longest=self.max_length)
 
 
@@ -239,27 +241,35 @@ class DynamicPolicy:
         else:
             (deepest, longest), _ = self._bounds.exchange(wanted)
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
-        stop_below = choice.stop_below.gather(2, exit[None, :, None].expand(2, -1, 1)).squeeze(2)
-        expected = choice.acceptance.gather(1, exit.unsqueeze(1)).squeeze(1)
+        stop_below, expected = (
+            of.gather(1, exit.unsqueeze(1)).squeeze(1) for of in (choice.stop_below, choice.acceptance)
+        )
         self._drafts = longest > 0
         self._expected, self._allowed = expected.nan_to_num(), limit > 0
-        return Plan(exit, length, stop_below, deepest, longest)
+        # As in a warm-up: a kernel for other types would be compiled while serving.
+        return Plan(exit, length, stop_below.float(), deepest, longest, choice.together)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
-        # [2, rows, exits]: both of the paper's. The batch does not stop for one.
-        stop_below = self.statistics.stop_below(slots).expand(2, -1, -1)
+        paper = self.statistics.stop_below(slots)
         if self.planner is None:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
             longest = torch.full_like(limit, self.max_length)
-            return Choice(slots, exit, longest, stop_below, acceptance)
+            return Choice(slots, exit, longest, paper, acceptance)
         acceptance = self.statistics.estimate(slots)
         decision = self.planner.plan(acceptance, limit, context)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
-        pays_above = self.statistics.confidence_of(slots, decision.worth.unsqueeze(2) / acceptance)
-        stop_below = torch.minimum(stop_below, pays_above)
-        return Choice(slots, decision.exit, decision.length, stop_below, acceptance)
+        offset, slope = self.statistics.by_confidence(slots)
+        pays_above = (decision.worth.unsqueeze(1) / acceptance - offset) / slope
+        stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf))
+        together = None
+        if self._on_host:
+            known = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
+            of_exit = known.gather(2, decision.exit[None, :, None].expand(len(known), -1, 1)).squeeze(2)
+            expected, doubt_below, offset, slope = of_exit
+            together = Together(expected, doubt_below, offset, slope, decision.worth, decision.step_worth)
+        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
         """Rows beyond those of `slots` are padding."""

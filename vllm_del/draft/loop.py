@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from vllm_del.draft.head import Head
 from vllm_del.draft.network import Layers
+from vllm_del.draft.together import Together
 from vllm_del.kernels.advance_rows import NO_TOKEN, Said, advance_rows
 
 
@@ -85,18 +86,19 @@ class Plan:
     exit: torch.Tensor
     # [rows] int64: drafts, 0 for none
     length: torch.Tensor
-    # [2, rows] float: a draft less probable than the first is the row's last one; and if those of all rows that would
-    # go on are less probable than the second, they are the last ones of the round. NaN for never
+    # [rows] float32: a draft less probable than this is the row's last one; NaN for never
     stop_below: torch.Tensor
     # at least the largest of `exit` and of `length`
     deepest: int
     longest: int
+    # when all rows stop, where the host sees what they drafted; None: when each of them does
+    together: Together | None = None
 
     @classmethod
     def uniform(cls, rows: int, exit: int, length: int, device: torch.device) -> "Plan":
         """The same for every row."""
         full = torch.full((rows,), exit, device=device), torch.full((rows,), length, device=device)
-        return cls(*full, torch.full((2, rows), torch.nan, device=device), exit, length)
+        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length)
 
     def take(
         self,
@@ -104,8 +106,8 @@ class Plan:
         index: torch.Tensor,
     ) -> "Plan":
         """The plan for some of the rows, where the host knows what is in it."""
-        exit = self.exit[index]
-        return Plan(exit, self.length[index], self.stop_below[:, index], int(exit.max()), self.longest)
+        exit, together = self.exit[index], self.together and self.together.take(index)
+        return Plan(exit, self.length[index], self.stop_below[index], int(exit.max()), self.longest, together)
 
     def padded(self, num_rows: int, deepest: int, longest: int) -> "Plan":
         """The same with more rows, which draft nothing, and with other bounds: the shape that other ranks run too."""
@@ -159,28 +161,30 @@ def draft(forward: Forward, rows: DraftRows, plan: Plan, max_model_len: int, dra
     `compact` takes rows that are done out of the batch, and ends the round when none is left; it needs their number on
     the host. Otherwise they are computed along, in the shape the round began with.
     """
-    begun, steps = time.perf_counter(), []
+    begun = time.perf_counter()
+    steps: list[tuple[int, int]] = []
     drafts.tokens.fill_(NO_TOKEN)
+    if not plan.longest:
+        return Launched(steps, 0.0)
     place = torch.arange(rows.live.shape[0], device=rows.live.device)
     rows.live.logical_and_(plan.length > 0)
     rows.advance(max_model_len)
-    sure_together = rows.live
+    survived = torch.ones_like(plan.stop_below)
     for step in range(plan.longest):
-        if compact and not (rows.live & sure_together).any():
-            break
         if compact and not rows.live.all():
             left = rows.live.nonzero().squeeze(-1)
-            rows, plan, place = rows.take(left), plan.take(left), place[left]
+            if not left.numel():
+                break
+            rows, plan, place, survived = rows.take(left), plan.take(left), place[left], survived[left]
+        if compact and step and plan.together is not None and not plan.together.pays(survived, rows.live):
+            break
         steps.append((rows.live.shape[0], plan.deepest))
         token, confidence = forward(step, rows, plan)
         assert token.shape == rows.live.shape, "compiled layers have forgotten the number of rows"
-        alone, together = plan.stop_below
-        said = Said(
-            token, confidence, step, plan.length, alone, rows.input_ids, place, drafts.tokens, drafts.confidence
-        )
-        rows.advance(max_model_len, said)
-        if compact:
-            sure_together = ~(confidence < together)
+        to = rows.input_ids, place, drafts.tokens, drafts.confidence
+        rows.advance(max_model_len, Said(token, confidence, step, plan.length, plan.stop_below, *to))
+        if compact and plan.together is not None:
+            survived = survived * plan.together.chance(confidence)
     return Launched(steps, time.perf_counter() - begun)
 
 

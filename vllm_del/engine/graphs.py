@@ -65,6 +65,7 @@ class DraftGraphs(CudaGraphManager):
             descs[:] = [Stage(**vars(desc), index=index) for desc in descs for index in range(len(segments) + 1)]
         # [rows, hidden size] each, made for the largest batch, which is recorded first
         self._layers: Layers | None = None
+        self._seconds, self._bytes = 0.0, 0
         self._token = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self._confidence = torch.zeros(self.max_num_reqs, device=device)
 
@@ -96,13 +97,19 @@ class DraftGraphs(CudaGraphManager):
             return lambda cg_mode: self._run(desc, attention, cg_mode)
 
         self.capture(prepare, "Capturing draft CUDA graphs")
-        logger.info_once(
-            "del: %d CUDA graphs of draft steps, for up to %d sequences, took %.1f s and %.0f MiB",
-            len(self.graphs),
-            max((desc.num_tokens for desc in self.graphs), default=0),
-            time.perf_counter() - begin,
-            (free - torch.accelerator.get_memory_info()[0]) / 2**20,
-        )
+        self._seconds = time.perf_counter() - begin
+        self._bytes = free - torch.accelerator.get_memory_info()[0]
+
+    def log(self) -> None:
+        """Say how many there are. vLLM records graphs once before, for a trial: this is of those that serve."""
+        if self.graphs:
+            logger.info_once(
+                "del: %d CUDA graphs of draft steps, for up to %d sequences, took %.1f s and %.0f MiB",
+                len(self.graphs),
+                max(desc.num_tokens for desc in self.graphs),
+                self._seconds,
+                self._bytes / 2**20,
+            )
 
     def replay(self, desc: BatchExecutionDescriptor, deepest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A draft step of `desc.num_tokens` rows through the segments up to `deepest`: tokens [rows] int64 and

@@ -33,7 +33,7 @@ class Performer(Protocol):
 
     def made_up_verification(self, lengths: list[int], context: int) -> None:
         """A forward of the whole model with its logits and their argmax, over rows of so many tokens each, after
-        contexts of `context` tokens."""
+        contexts of `context` tokens; or over as many tokens and as much context in other rows."""
         ...
 
 

@@ -96,6 +96,8 @@ class DelSpeculator(DraftModelSpeculator):
 
     def prepare_to_serve(self) -> None:
         """Called when all else is ready: measures what the policy goes by."""
+        if self.graphs is not None:
+            self.graphs.log()
         self.policy = make_policy(self)
 
     def made_up_round(self, rows: int, longest: int) -> tuple[DraftRows, Forward]:

@@ -56,7 +56,9 @@ def run_made_up(runner: "GPUModelRunner", lengths: list[int], context: int) -> t
     step.num_scheduled_tokens = {f"_del_{row}": length for row, length in enumerate(lengths)}
     step.total_num_scheduled_tokens = tokens
     runner.kv_connector.set_disabled(True)
-    runner.execute_model(step, dummy_run=True, context_len=context, randomize_inputs=True)
-    runner.kv_connector.set_disabled(False)
+    try:
+        runner.execute_model(step, dummy_run=True, context_len=context)
+    finally:
+        runner.kv_connector.set_disabled(False)
     state, runner.execute_model_state = runner.execute_model_state, None
     return state.hidden_states[:tokens]

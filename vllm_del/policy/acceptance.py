@@ -113,25 +113,23 @@ class AcceptanceStatistics:
         """
         return (self._confidence[slots] / self._counts[slots]).mean(-1)
 
-    def confidence_of(
+    def by_confidence(
         self,
         # [rows] int64
         slots: torch.Tensor,
-        # [..., rows, exits] float64
-        chance: torch.Tensor,
-    ) -> torch.Tensor:
-        """The confidence at which a token is accepted with `chance`, [..., rows, exits] float64.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How likely a token is accepted by its confidence: offset and slope of a straight line, [rows, exits] float64.
 
-        By a straight line through what was seen, of acceptance over confidence (least squares). `-inf` where that says
-        that there is none such: where higher confidence does not mean better chances, or where little was seen.
+        Least squares through what was seen. NaN where higher confidence does not mean better chances, or where little
+        was seen.
         """
         counts, sums = self._counts[slots], self._confidence[slots]
         total = counts.sum(-1)
         mean, rate = sums.sum(-1) / total, counts[..., 0] / total
         variance = self._squares[slots] / total - mean.square()
         covariance = sums[..., 0] / total - rate * mean
-        where = mean + (chance - rate) * variance / covariance
-        return where.where((covariance > 0) & (total >= ENOUGH), -torch.inf)
+        slope = (covariance / variance).where((covariance > 0) & (total >= ENOUGH), torch.nan)
+        return rate - slope * mean, slope
 
 
 def rising(

@@ -30,10 +30,11 @@ class Decision:
     exit: torch.Tensor
     # [rows] int64: 0 for none
     length: torch.Tensor
-    # [2, rows] float64: tokens that one more draft of the row has to yield to be worth the time it takes itself; and
-    # to be worth its share also of what a step takes however many rows are in it
+    # [rows] float64: tokens that one more draft of the row has to yield to be worth the time it takes itself
     worth: torch.Tensor
-    # scalars, float64: of the whole batch, in tokens and seconds
+    # scalars, float64: tokens that are worth what a step takes however many rows are in it
+    step_worth: torch.Tensor
+    # and of the whole batch, in tokens and seconds
     tokens: torch.Tensor
     draft_time: torch.Tensor
     verify_time: torch.Tensor
@@ -100,7 +101,7 @@ class Planner:
         row_exit = row_exit.squeeze(1)
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
         itself = per_row[row_exit] + self._per_token[num_rows].index_select(0, longest) + of_row_context
-        worth = price * torch.stack((itself, itself + shared.index_select(0, deepest) / num_rows))
+        worth = price * itself, price * shared.index_select(0, deepest).squeeze(0)
         decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context, slower)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
@@ -136,7 +137,7 @@ class Planner:
         gain: torch.Tensor,
         exit: torch.Tensor,
         length: torch.Tensor,
-        worth: torch.Tensor,
+        worth: tuple[torch.Tensor, torch.Tensor],
         verify: torch.Tensor,
         of_context: torch.Tensor,
         slower: float,
@@ -153,4 +154,4 @@ class Planner:
         draft_time = slower * steps.sum() + (length * of_context).sum()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
         of_drafts = verify_drafts - costs.verify[num_rows]
-        return Decision(exit, length, worth, tokens, draft_time, verify + of_drafts)
+        return Decision(exit, length, *worth, tokens, draft_time, verify + of_drafts)
