@@ -64,7 +64,7 @@ def test_v2(vllm_config, monkeypatch):
     speculator.block_tables = SimpleNamespace(
         input_block_tables=[], block_sizes=[], slot_mappings=torch.zeros(0, 2, dtype=torch.int64)
     )
-    speculator.propose(batch, {}, {}, torch.empty(0), None, ones, zeros, last_sampled)
+    speculator.propose(batch, {}, {}, torch.empty(0), None, ones, zeros, last_sampled, is_profile=True)
     assert seen == [FITTED]
 
 

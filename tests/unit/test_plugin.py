@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +214,9 @@ class Runner:
 
     use_aux_hidden_state_outputs = False
 
+    def __init__(self) -> None:
+        self.speculator = SimpleNamespace()
+
     def execute_model(self) -> None: ...
 
     def sample_tokens(self) -> None: ...
@@ -248,6 +252,8 @@ class TestWorker:
         assert reached == [True]
         is_del = isinstance(vllm_config.speculative_config, DelConfig)
         assert runner.use_aux_hidden_state_outputs == is_del
+        knows_its_runner = getattr(runner.speculator, "runner", None) is runner
+        assert knows_its_runner == (is_del and vllm_config.use_v2_model_runner)
 
     @pytest.fixture
     def configs(self, engine_config, models) -> dict[str, VllmConfig]:
