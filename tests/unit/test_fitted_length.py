@@ -76,7 +76,9 @@ def test_v1(vllm_config, monkeypatch):
         input_batch=SimpleNamespace(req_ids=["a", "b"], block_table=SimpleNamespace(block_tables=[])),
     )
     with set_current_vllm_config(vllm_config):
-        proposer = vllm_del.engine.proposer.DelProposer(vllm_config, CPU, runner)
+        # Once a test has put a `__new__` on its base and taken it away again, CPython takes no arguments to it.
+        proposer = object.__new__(vllm_del.engine.proposer.DelProposer)
+        proposer.__init__(vllm_config, CPU, runner)
     proposer.segments, proposer.head, proposer.policy = [], None, FixedPolicy(4)
     proposer._draft_attn_layer_names = set()
     proposer.initialize_attn_backend(KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=[]))
