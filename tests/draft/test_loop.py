@@ -108,7 +108,7 @@ def test_each_row_drafts_its_plan(batch, compact: bool, by_row, shared: float) -
     model, together = Model(3), None
     if by_row is not None:
         columns = torch.tensor(by_row[: len(batch)], dtype=torch.float64).T
-        together = Together(*columns, torch.tensor(shared))  # type: ignore[misc]
+        together = Together(*columns, torch.tensor(shared), torch.ones(len(batch)))  # type: ignore[misc]
     plan = Plan(torch.tensor(exits), torch.tensor(lengths), torch.tensor(stops), max(exits), max(lengths), together)
     drafts = Drafts(torch.zeros(len(batch), most, dtype=torch.int64), torch.zeros(len(batch), most))
     draft(
@@ -162,7 +162,7 @@ def test_few_rows_do_not_pay_for_a_step_that_many_would() -> None:
             torch.full((rows,), math.nan),
             0,
             5,
-            Together(*values, torch.tensor(shared)),  # type: ignore[misc]
+            Together(*values, torch.tensor(shared), torch.ones(rows)),  # type: ignore[misc]
         )
         drafts = Drafts(torch.zeros(rows, 5, dtype=torch.int64), torch.zeros(rows, 5))
         model, live = Model(1), [True] * rows

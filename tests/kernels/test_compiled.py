@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.driver import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """The shared memory that a program may have, by compute capability (CUDA's programming guide)."""
@@ -34,8 +32,7 @@ class NoDevice:
 @pytest.fixture
 def compile_for(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiled]:
     """`compile_for(capability, operation, *args, **kwargs)`: what the call launches is compiled, and not run."""
-    if triton.knobs.runtime.interpret:
-        pytest.skip("Triton is being interpreted")
+    assert not triton.knobs.runtime.interpret, "Triton is interpreted in processes of its own, not here"
     compiled: Compiled = {}
     run = JITFunction.run
 

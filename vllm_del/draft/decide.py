@@ -60,7 +60,7 @@ class Choice:
     slots: torch.Tensor
     exit: torch.Tensor
     length: torch.Tensor
-    # [rows, exits] float64: as `Plan` has it of one exit
+    # [rows, exits] float32: as `Plan` has it of one exit
     stop_below: torch.Tensor
     # [rows, exits] float64: what acceptance is expected
     acceptance: torch.Tensor
@@ -246,11 +246,11 @@ class DynamicPolicy:
         )
         self._drafts = longest > 0
         self._expected, self._allowed = expected.nan_to_num(), limit > 0
-        # As in a warm-up: a kernel for other types would be compiled while serving.
-        return Plan(exit, length, stop_below.float(), deepest, longest, choice.together)
+        return Plan(exit, length, stop_below, deepest, longest, choice.together)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
-        paper = self.statistics.stop_below(slots)
+        # In the type of a warm-up's: a kernel for another one would be compiled while serving.
+        paper = self.statistics.stop_below(slots).float()
         if self.planner is None:
             acceptance = self.statistics.acceptance(slots)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
@@ -262,13 +262,14 @@ class DynamicPolicy:
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         offset, slope = self.statistics.by_confidence(slots)
         pays_above = (decision.worth.unsqueeze(1) / acceptance - offset) / slope
-        stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf))
+        stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf).float())
         together = None
         if self._on_host:
             known = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
             of_exit = known.gather(2, decision.exit[None, :, None].expand(len(known), -1, 1)).squeeze(2)
             expected, doubt_below, offset, slope = of_exit
-            together = Together(expected, doubt_below, offset, slope, decision.worth, decision.step_worth)
+            worth = decision.worth, decision.step_worth
+            together = Together(expected, doubt_below, offset, slope, *worth, survived=torch.ones_like(expected))
         return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:

@@ -10,7 +10,7 @@ nothing to roll back and no draft prefill.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
@@ -169,14 +169,13 @@ def draft(forward: Forward, rows: DraftRows, plan: Plan, max_model_len: int, dra
     place = torch.arange(rows.live.shape[0], device=rows.live.device)
     rows.live.logical_and_(plan.length > 0)
     rows.advance(max_model_len)
-    survived = torch.ones_like(plan.stop_below)
     for step in range(plan.longest):
         if compact and not rows.live.all():
             left = rows.live.nonzero().squeeze(-1)
             if not left.numel():
                 break
-            rows, plan, place, survived = rows.take(left), plan.take(left), place[left], survived[left]
-        if compact and step and plan.together is not None and not plan.together.pays(survived, rows.live):
+            rows, plan, place = rows.take(left), plan.take(left), place[left]
+        if compact and step and plan.together is not None and not plan.together.pays(rows.live):
             break
         steps.append((rows.live.shape[0], plan.deepest))
         token, confidence = forward(step, rows, plan)
@@ -184,7 +183,7 @@ def draft(forward: Forward, rows: DraftRows, plan: Plan, max_model_len: int, dra
         to = rows.input_ids, place, drafts.tokens, drafts.confidence
         rows.advance(max_model_len, Said(token, confidence, step, plan.length, plan.stop_below, *to))
         if compact and plan.together is not None:
-            survived = survived * plan.together.chance(confidence)
+            plan = replace(plan, together=plan.together.after(confidence))
     return Launched(steps, time.perf_counter() - begun)
 
 

@@ -4,7 +4,7 @@ DEL ends a sequence's draft where it is in doubt of its last token. In a batch s
 those that are left pay for the whole step. What they can still be expected to bring is weighed against it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,24 +23,26 @@ class Together:
     # however many rows are in it
     itself: torch.Tensor
     shared: torch.Tensor
+    # [rows] float: how likely all drafts of the row so far are accepted
+    survived: torch.Tensor
 
-    def chance(
+    def after(
         self,
         # [rows] float32
         confidence: torch.Tensor,
-    ) -> torch.Tensor:
-        """How likely tokens of such confidence are accepted if those before them are, [rows] float."""
+    ) -> "Together":
+        """The same once every row has drafted a token of such confidence."""
         of_doubtful = (self.offset + self.slope * confidence).clamp(0, 1)
-        return of_doubtful.where(confidence < self.doubt_below, self.acceptance)
+        chance = of_doubtful.where(confidence < self.doubt_below, self.acceptance)
+        return replace(self, survived=self.survived * chance)
 
     def pays(
         self,
-        # [rows] float: how likely all drafts of a row so far are accepted; [rows] bool: rows that would go on
-        survived: torch.Tensor,
+        # [rows] bool: rows that would go on
         live: torch.Tensor,
     ) -> bool:
         """Whether one more step is worth its time; the host waits for it."""
-        return bool(((survived * self.acceptance - self.itself) * live).sum() >= self.shared)
+        return bool(((self.survived * self.acceptance - self.itself) * live).sum() >= self.shared)
 
     def take(
         self,
@@ -55,4 +57,5 @@ class Together:
             self.slope[index],
             self.itself[index],
             self.shared,
+            self.survived[index],
         )
