@@ -10,6 +10,12 @@ from tests.engine.host import RUNNERS, Host
 DEMO_MODEL = Path(__file__).parent.parent / "scripts" / "demo_model"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, which have a limit of their own: else one process is left with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 @pytest.fixture(scope="session", params=RUNNERS)
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """Engines of one of vLLM's two model runners."""
