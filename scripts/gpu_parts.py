@@ -36,6 +36,8 @@ def exit_head(_given: dict[str, Any]) -> dict[str, Any]:
     from triton.testing import do_bench
     from vllm_del.kernels.exit_head import exit_head
 
+    from vllm_del.draft.head import quantise
+
     def in_torch(states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = (states @ weight.T).float()
         return logits.argmax(-1), logits.logsumexp(-1)
@@ -45,6 +47,9 @@ def exit_head(_given: dict[str, Any]) -> dict[str, Any]:
 
     weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE, dtype=torch.bfloat16) * 0.02
     shortlist = torch.randperm(VOCABULARY, device=DEVICE)[:SHORTLIST].sort().values
+    in_fp8 = torch.empty(weight.shape, device=DEVICE, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(VOCABULARY, device=DEVICE)
+    quantise(weight, None, in_fp8, scales)
     speed, rows = copy_bandwidth(), {}
     for number in ROWS:
         states = torch.randn(number, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
@@ -52,14 +57,17 @@ def exit_head(_given: dict[str, Any]) -> dict[str, Any]:
         eager = milliseconds(partial(in_torch, states, weight))
         fused = milliseconds(partial(torch.compile(in_torch, dynamic=False), states, weight))
         short = milliseconds(partial(exit_head, states, weight, shortlist=shortlist))
+        fp8 = milliseconds(partial(exit_head, states, in_fp8, row_scales=scales))
         rows[str(number)] = {
             "milliseconds": ours,
             "torch_eager": eager,
             "torch_compiled": fused,
             "shortlist": short,
+            "fp8": fp8,
             "share_of_bandwidth": weight.nbytes / (ours / 1e3) / speed,
             "over_torch": min(eager, fused) / ours,
             "shortlist_over_whole": short / ours,
+            "fp8_over_whole": fp8 / ours,
         }
     return {"device": torch.cuda.get_device_name(), "copy_bandwidth": speed, "rows": rows}
 

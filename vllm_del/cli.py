@@ -43,6 +43,8 @@ def profile(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate for a prompt.", min=1)] = 128,
     max_draft: Annotated[int, typer.Option(help="The longest draft to think of.", min=1, max=64)] = 8,
     batch: Annotated[int, typer.Option(help="Sequences at once, and the largest batch measured.", min=1)] = 64,
+    draft_vocab: Annotated[str, typer.Option(help="As del_draft_vocab: draft of so many tokens, or of a file's.")] = "",
+    draft_head: Annotated[str, typer.Option(help="As del_draft_head: model or fp8.")] = "",
     engine_args: Annotated[str, typer.Option(help='More of vLLM\'s arguments, as JSON: {"dtype": "float32"}.')] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture: agreement by exit, speed-up by batch.")] = None,
@@ -52,14 +54,17 @@ def profile(
 
     depths = _numbers(exits)
     texts = _read(prompts) if prompts else list(PROMPTS)
+    listed = int(draft_vocab) if draft_vocab.isdecimal() else draft_vocab
+    given = {"del_draft_vocab": listed, "del_draft_head": draft_head}
+    head = {name: value for name, value in given.items() if value != ""}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("Starting vLLM", total=len(texts))
+        task = bar.add_task("Starting vLLM", total=len(texts) * (2 if head else 1))
 
         def advance(number: int) -> None:
             bar.update(task, advance=number, description="Prompts")
 
-        result = run(model, texts, depths, max_tokens, batch, max_draft, advance, _json_object(engine_args))
+        result = run(model, texts, depths, max_tokens, batch, max_draft, head, advance, _json_object(engine_args))
     batches = sorted({*(number for number in BATCHES if number < batch), batch})
     predictions = result.predictions(batches)
     configuration = result.configuration(batches)
@@ -108,10 +113,13 @@ def show(result: Profile, predictions: list[Prediction], configuration: dict | N
     """All of it, for a reader."""
     out = Console(highlight=False)
     title = f"{result.model}: {result.num_layers} layers, {result.tokens} tokens, context {result.context} in the mean"
-    exits = Table("exit", "asked", "agreement", "confidence, right", "wrong", title=title, title_justify="left")
+    columns = ["exit", "asked", "agreement", "confidence, right", "wrong"]
+    columns += ["agreement, whole head"] if result.head else []
+    exits = Table(*columns, title=title, title_justify="left")
     for exit in result.exits:
         confidences = f"{exit.confidence_right:.2f}", f"{exit.confidence_wrong:.2f}"
-        exits.add_row(str(exit.depth), str(exit.asked), f"{exit.agreement:.3f}", *confidences)
+        through_all = [] if exit.whole_head is None else [f"{exit.whole_head:.3f}"]
+        exits.add_row(str(exit.depth), str(exit.asked), f"{exit.agreement:.3f}", *confidences, *through_all)
     out.print(exits)
 
     costs = result.costs

@@ -6,9 +6,13 @@ are right for a drafter that writes KV ahead. `isinstance(config, DelConfig)` is
 """
 
 import difflib
+import json
 from dataclasses import MISSING, fields
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
@@ -48,6 +52,43 @@ def _parse_exit_layers(value: Any) -> Any:
     return value
 
 
+def _parse_draft_vocab(value: Any) -> Any:
+    """Accept a number of tokens, also as text of the dotted command line, or a file."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, bool) or not (value is None or isinstance(value, int | str)):
+        raise ValueError(
+            f"del_draft_vocab={value!r} is not understood: give a number of tokens, or a file of token ids"
+        )
+    return value
+
+
+def read_tokens(file: str, num_tokens: int) -> list[int]:
+    """Token ids of `file`: a JSON list, or a list or tensor that torch has saved (.pt), as for SGLang's token maps.
+
+    Raises `ValueError` if they are not distinct tokens of a vocabulary of `num_tokens`.
+    """
+    name = f"del_draft_vocab={file!r}"
+    try:
+        if file.endswith(".pt"):
+            loaded = torch.load(file, weights_only=True)
+            tokens = loaded.tolist() if isinstance(loaded, torch.Tensor) else loaded
+        else:
+            tokens = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from None
+    except (ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{name}: neither JSON nor what torch saves as .pt ({error})") from None
+    if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
+        raise ValueError(f"{name}: a list of token ids is needed")
+    wrong = [token for token in tokens if not 0 <= token < num_tokens]
+    if wrong:
+        raise ValueError(f"{name}: token {wrong[0]} is not in the model's vocabulary of {num_tokens}")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"{name}: it has {len(tokens) - len(set(tokens))} tokens twice")
+    return tokens
+
+
 def _refuse_bool(value: Any) -> Any:
     """`true` would count as 1."""
     if isinstance(value, bool):
@@ -82,6 +123,13 @@ class DelConfig(SpeculativeConfig):
     """What the dynamic policy may spend on asking exits that did not draft what they would have said, as a share of
     the time of verification."""
 
+    del_draft_vocab: Annotated[int | str | None, BeforeValidator(_parse_draft_vocab)] = None
+    """The tokens that drafts are made of, for a cheaper LM head: so many, those generated most often so far; or those
+    of a file (JSON or `.pt`, a list of ids). `None` for all. Output does not depend on it: verification has all."""
+    del_draft_head: Literal["auto", "model", "fp8"] = "auto"
+    """The LM head that drafts go through. `"model"`: the model's own. `"fp8"`: a copy in FP8, half the bytes of
+    bfloat16. `"auto"`: that copy where the GPU has FP8 and it takes less than a hundredth of the model's memory."""
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_fields(cls, given: Any) -> Any:
@@ -102,6 +150,8 @@ class DelConfig(SpeculativeConfig):
         self._reject_foreign_fields()
         depth = self.target_model_config.get_total_num_hidden_layers()
         self.del_exit_layers = _resolve_exit_layers(self.del_exit_layers, depth, self.is_dynamic)
+
+        self._check_draft_vocab(self.target_model_config.get_vocab_size())
 
         self.method = "draft_model"
         self.model = self.target_model_config.model
@@ -132,6 +182,16 @@ class DelConfig(SpeculativeConfig):
         """0: a draft step feeds one token a sequence, in the place the verification left free."""
         return 0
 
+    def _check_draft_vocab(self, num_tokens: int) -> None:
+        listed = self.del_draft_vocab
+        if isinstance(listed, str):
+            read_tokens(listed, num_tokens)
+        elif listed is not None and not 1 <= listed < num_tokens:
+            raise ValueError(
+                f"del_draft_vocab={listed}: give 1 to {num_tokens - 1} tokens (the model has {num_tokens}), "
+                "or leave it out"
+            )
+
     @classmethod
     def _accepted(cls) -> list[str]:
         """The fields a user may give."""
@@ -154,7 +214,8 @@ class DelConfig(SpeculativeConfig):
         return (
             f"DelConfig(method='del', num_speculative_tokens={self.num_speculative_tokens}, "
             f"del_exit_layers={self.del_exit_layers}, del_policy={self.del_policy!r}, "
-            f"del_objective={self.del_objective!r}, del_shadow_budget={self.del_shadow_budget})"
+            f"del_objective={self.del_objective!r}, del_shadow_budget={self.del_shadow_budget}, "
+            f"del_draft_vocab={self.del_draft_vocab!r}, del_draft_head={self.del_draft_head!r})"
         )
 
 

@@ -1,7 +1,6 @@
 """RMS norm, LM head and argmax of a draft step, with the sum of exponentials, in one pass and without logits.
 
-Drafts go through it without the norm, which is compiled with the layers. Shortlists, FP8 rows and noise have no user
-yet.
+Drafts go through it without the norm, which is compiled with the layers. Noise has no user yet.
 """
 
 from vllm_del.kernels.backend import by_device

@@ -15,17 +15,28 @@ import triton.language as tl
 
 from .reference import SMALL, SMALLEST, HeadTokens
 
-ROWS = 16
-"""Rows that a program computes together: the least that tensor cores take. A larger batch reads the weight again for
-each 64 of them."""
+ROWS, MOST_ROWS = 16, 128
+"""Rows that a program computes together: the least that tensor cores take, and the most. A larger batch reads the
+weight again for each `MOST_ROWS`."""
 
-MOST_ROWS = 64
-
-BLOCK_TOKENS, BLOCK_BYTES = 64, 256
-"""What a program reads of the weight at once: of so many tokens so much. Not measured on a GPU yet."""
+SHAPES = [
+    triton.Config({"BLOCK_TOKENS": tokens, "BLOCK_BYTES": size}, num_warps=warps, num_stages=stages)
+    for tokens, size, warps, stages in (
+        (64, 256, 4, 3),
+        (64, 256, 8, 4),
+        (32, 256, 4, 4),
+        (128, 128, 8, 4),
+        (128, 256, 8, 3),
+    )
+]
+"""What a program may read of the weight at once: of so many tokens so much. On a GPU the first call with a head
+measures which is best, for each number of rows computed together, and Triton keeps that on disk."""
 
 PROGRAMS_PER_PROCESSOR = 4
-"""So many parts of the vocabulary for each multiprocessor: while one waits for memory others compute. Not measured."""
+"""So many parts of the vocabulary for each multiprocessor: while one waits for memory others compute."""
+
+LEAST_TOKENS = 64
+"""A smaller part of the vocabulary is not worth a program."""
 
 _NO_TOKEN = tl.constexpr(2**62)
 _SMALL = tl.constexpr(SMALL)
@@ -46,26 +57,49 @@ def exit_head(
     seeds: torch.Tensor | None = None,
 ) -> HeadTokens:
     """See the reference. Accumulates in float32; with a norm, rounds its result to the type of `states`."""
+    merged = _empty(len(states), device=states.device)
+    if len(states):
+        parts = sweep(
+            states,
+            weight,
+            norm_weight,
+            epsilon,
+            soft_cap,
+            logit_scale,
+            row_scales,
+            shortlist,
+            first_token,
+            temperature,
+            seeds,
+        )
+        number = len(parts.token)
+        _merge_parts[(len(states),)](*parts, *merged, number, len(states), PARTS=triton.next_power_of_2(number))
+    return merged
+
+
+def sweep(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+    soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+    row_scales: torch.Tensor | None = None,
+    shortlist: torch.Tensor | None = None,
+    first_token: int = 0,
+    temperature: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+) -> HeadTokens:
+    """As `exit_head`, of at least one row: what each part of the vocabulary says, [parts, rows] each."""
     num_rows, hidden_size = states.shape
     vocabulary = len(weight) if shortlist is None else len(shortlist)
-    device = states.device
     rows = min(MOST_ROWS, max(ROWS, triton.next_power_of_2(num_rows)))
-    row_tiles = triton.cdiv(num_rows, rows)
-    blocks = triton.cdiv(vocabulary, BLOCK_TOKENS)
     # The same for any number of rows: each other number of parts would be compiled apart.
-    blocks_a_part = triton.cdiv(blocks, PROGRAMS_PER_PROCESSOR * _processors(device))
-    parts = triton.cdiv(blocks, blocks_a_part)
-
-    def empty(*shape: int) -> HeadTokens:
-        token = torch.empty(shape, dtype=torch.int64, device=device)
-        return HeadTokens(token, *torch.empty(3, *shape, dtype=torch.float32, device=device))
-
-    merged = empty(num_rows)
-    if num_rows == 0:
-        return merged
-    of_parts = empty(parts, num_rows)
+    parts = min(PROGRAMS_PER_PROCESSOR * _processors(states.device), triton.cdiv(vocabulary, LEAST_TOKENS))
+    of_parts = _empty(parts, num_rows, device=states.device)
+    on_gpu = states.is_cuda
     # Tiles of rows that read the same part run side by side, and find it in the cache.
-    _read_part[(row_tiles, parts)](
+    (_read_part_tuned if on_gpu else _read_part)[(triton.cdiv(num_rows, rows), parts)](
         states,
         weight,
         norm_weight,
@@ -80,17 +114,21 @@ def exit_head(
         states.stride(0),
         weight.stride(0),
         first_token,
-        blocks_a_part,
+        parts,
         epsilon,
         soft_cap,
         logit_scale,
         ROWS=rows,
-        BLOCK_TOKENS=BLOCK_TOKENS,
         # Of float32 there is less at once: its products need registers.
-        BLOCK_HIDDEN=BLOCK_BYTES // states.element_size() // (2 if states.dtype == torch.float32 else 1),
+        ELEMENT_BYTES=8 if states.dtype == torch.float32 else 2,
+        **({} if on_gpu else SHAPES[0].all_kwargs()),
     )
-    _merge_parts[(num_rows,)](*of_parts, *merged, parts, num_rows, PARTS=triton.next_power_of_2(parts))
-    return merged
+    return of_parts
+
+
+def _empty(*shape: int, device: torch.device) -> HeadTokens:
+    token = torch.empty(shape, dtype=torch.int64, device=device)
+    return HeadTokens(token, *torch.empty(3, *shape, dtype=torch.float32, device=device))
 
 
 @cache
@@ -100,7 +138,7 @@ def _processors(device: torch.device) -> int:
 
 
 # Batches of other sizes must not be compiled for while serving.
-@triton.jit(do_not_specialize=["num_rows", "blocks_a_part", "first_token"])
+@triton.jit(do_not_specialize=["num_rows", "parts", "first_token"])
 def _read_part(
     states,
     weight,
@@ -120,16 +158,20 @@ def _read_part(
     states_stride,
     weight_stride,
     first_token,
-    blocks_a_part,
+    parts,
     epsilon,
     soft_cap,
     logit_scale,
     ROWS: tl.constexpr,
+    ELEMENT_BYTES: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
 ):
-    """The best token and the sum of exponentials of `ROWS` rows over `blocks_a_part` blocks of the vocabulary."""
+    """The best token and the sum of exponentials of `ROWS` rows over one part of the vocabulary; there may be none in
+    the last ones."""
+    BLOCK_HIDDEN: tl.constexpr = BLOCK_BYTES // ELEMENT_BYTES
     part = tl.program_id(1)
+    blocks_a_part = tl.cdiv(tl.cdiv(vocabulary, parts), BLOCK_TOKENS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
     states_row = states + row.to(tl.int64) * states_stride
@@ -218,6 +260,9 @@ def _read_part(
     tl.store(log_sum_out + out, base + tl.log(total), mask=is_row)
 
 
+_read_part_tuned = triton.autotune(SHAPES, key=["hidden_size", "vocabulary", "ROWS"], cache_results=True)(_read_part)
+
+
 @triton.jit
 def _finite(largest):
     """What to subtract before the exponential: nothing of an infinity, which would leave NaN."""
@@ -240,8 +285,18 @@ def _merge_parts(
     num_rows,
     PARTS: tl.constexpr,
 ):
-    """The best of the parts of one row, and the sum of their exponentials."""
+    """What all parts together say of one row."""
     row = tl.program_id(0)
+    token, score, logit, log_sum = merged_row(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS)
+    tl.store(token_out + row, token)
+    tl.store(score_out + row, score)
+    tl.store(logit_out + row, logit)
+    tl.store(log_sum_out + row, log_sum)
+
+
+@triton.jit
+def merged_row(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS: tl.constexpr):
+    """The best of the parts of one row, and the sum of their exponentials."""
     part = tl.arange(0, PARTS)
     is_part = part < num_parts
     at = part.to(tl.int64) * num_rows + row
@@ -256,9 +311,7 @@ def _merge_parts(
     is_best = tl.where(any_nan, is_nan, scores == score)
     first = tl.min(tl.where(is_best & is_part, token, _NO_TOKEN), 0)
     logit = tl.max(tl.where(token == first, logits, float("-inf")), 0)
-    tl.store(token_out + row, first)
-    tl.store(score_out + row, tl.where(any_nan, float("nan"), score))
-    tl.store(logit_out + row, tl.where(any_nan, float("nan"), logit))
     largest = tl.max(tl.where(log_sums != log_sums, float("-inf"), log_sums), 0)
     base = _finite(largest)
-    tl.store(log_sum_out + row, base + tl.log(tl.sum(tl.exp(log_sums - base), 0)))
+    log_sum = base + tl.log(tl.sum(tl.exp(log_sums - base), 0))
+    return first, tl.where(any_nan, float("nan"), score), tl.where(any_nan, float("nan"), logit), log_sum

@@ -7,9 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_del.draft.clock import Stopwatch
-from vllm_del.draft.decide import DynamicPolicy, Verified
+from vllm_del.draft.decide import DynamicPolicy
+from vllm_del.draft.head import LogitsHead
 from vllm_del.draft.loop import Drafts, Launched
 from vllm_del.draft.shadow import ShadowScorer
+from vllm_del.draft.verified import Verified
+from vllm_del.draft.vocabulary import FIRST, DraftVocabulary
 from vllm_del.policy.cost import SHADOW_ROWS, CostTables, MeasuredCosts
 from vllm_del.policy.planner import Planner
 
@@ -36,9 +39,7 @@ class Watch(TorchDispatchMode):
 def policy(objective: str) -> DynamicPolicy:
     """As the V2 runner has it: the host does not see the device's values."""
 
-    def head(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return states.argmax(-1), states.softmax(-1).amax(-1)
-
+    head = LogitsHead(lambda states: states)
     costs, planner, stopwatch = None, None, None
     if objective == "goodput":
         places = (1, SHADOW_ROWS)
@@ -46,7 +47,7 @@ def policy(objective: str) -> DynamicPolicy:
         costs = CostTables(measured, ROWS, LENGTH, CPU)
         planner = Planner(torch.tensor(EXITS), costs, LENGTH)
         stopwatch = Stopwatch(costs, EXITS, learns=False)
-    shadow = ShadowScorer(lambda states: states, head, costs, 0.5, CPU)  # type: ignore[arg-type]
+    shadow = ShadowScorer(lambda states: states, head, head, costs, 0.5, CPU)
     return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, False, stopwatch)
 
 
@@ -73,9 +74,10 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
     )
     limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 50)
     launched = Launched([(ROWS, 1)] * LENGTH, 0.1)
-    watch = Watch()
-    for _ in range(12):
+    watch, vocabulary = Watch(), DraftVocabulary(HIDDEN // 2, HIDDEN, CPU)
+    for _ in range(2 * FIRST // ROWS):
         with watch:
+            vocabulary.observe(verified)
             mine.observe(slots, verified)
             plan = mine.plan(slots, limit, context)
             drafts = Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH))
@@ -84,6 +86,7 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
     assert watch.seen == []
     assert counts is None or sum(counts.lengths) > 0
     assert float(mine.statistics._counts.sum()) > 0
+    assert vocabulary.tokens.tolist() != list(range(HIDDEN // 2))
     with watch:
         assert torch.ones(2)[1].item() == 1
     assert watch.seen, "the watch sees nothing"

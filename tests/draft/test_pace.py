@@ -4,7 +4,7 @@ import torch
 
 from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy
 from vllm_del.draft.clock import MOST_ROUNDS, PLANNING_SHARE, Pace
-from vllm_del.draft.decide import Verified
+from vllm_del.draft.verified import Verified
 
 
 def verified(only_decodes: bool = True) -> Verified:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_del.draft import shadow as shadow_module
+from vllm_del.draft.head import LogitsHead
 from vllm_del.draft.shadow import BURST, ShadowScorer
 from vllm_del.policy.cost import SHADOW_ROWS, CostTables, MeasuredCosts
 
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 def scorer(head: tuple[float, float], share: float = 0.02) -> ShadowScorer:
     """Of a model whose verification of a token takes 100 ms; `head`: of one row, and of `SHADOW_ROWS`."""
     measured = MeasuredCosts(0.0, (1, SHADOW_ROWS), (1.0, 1.0), (1, SHADOW_ROWS), head, (1, 2), (0.1, 0.1))
-    return ShadowScorer(lambda states: states, SimpleNamespace(), CostTables(measured, 8, 4, CPU), share, CPU)
+    return ShadowScorer(lambda states: states, *[SimpleNamespace()] * 2, CostTables(measured, 8, 4, CPU), share, CPU)
 
 
 @pytest.mark.parametrize("head", [(0.0005, 0.1), (0.007, 0.2), (0.05, 0.06)])
@@ -48,17 +49,18 @@ def test_what_scoring_took_is_what_is_spent(monkeypatch: pytest.MonkeyPatch, by_
     costs = shadow._costs
     assert costs is not None
 
-    def head(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits(states: torch.Tensor) -> torch.Tensor:
         nonlocal now
         now += 3 * costs.head_seconds(len(states))
-        return states.argmax(-1), states.amax(-1)
+        return states
 
-    monkeypatch.setattr(shadow, "_head", head)
+    monkeypatch.setattr(shadow, "head", LogitsHead(logits))
     monkeypatch.setattr(shadow_module, "time", SimpleNamespace(perf_counter=lambda: now))
     for _ in range(rounds):
         shadow.earn(1, drafts=True)
         if number := shadow.affordable(400, 400):
-            shadow.score([torch.rand(400, 8)], torch.arange(number), torch.zeros(number, dtype=torch.int64))
+            none = torch.zeros(number, dtype=torch.int64)
+            shadow.score([torch.rand(400, 8)], torch.arange(number), none, none)
     assert now == pytest.approx(share * 0.1 * rounds, rel=0.1)
 
 
@@ -89,7 +91,7 @@ def test_nothing_without_a_budget_and_everything_without_costs() -> None:
     shadow = scorer((0.001, 0.1), share=0.0)
     shadow.earn(1, drafts=True)
     assert shadow.affordable(5, 5) == 0
-    free = ShadowScorer(lambda states: states, SimpleNamespace(), None, 0.0, CPU)
+    free = ShadowScorer(lambda states: states, *[SimpleNamespace()] * 2, None, 0.0, CPU)
     free.earn(1, drafts=True)
     assert free.affordable(10_000, 10_000) == 10_000
 

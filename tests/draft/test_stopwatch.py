@@ -153,7 +153,7 @@ def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypa
     """In a closed loop: the policy drafts by what it learns from what it drafts."""
     machine = Machine(monkeypatch)
     stopwatch, planner = Stopwatch(COSTS, DEPTHS, learns=True), Planner(torch.tensor(DEPTHS), COSTS, LENGTH)
-    shadow = ShadowScorer(lambda states: states, lambda states: (states, states), COSTS, 0.0, CPU)  # type: ignore[arg-type]
+    shadow = ShadowScorer(lambda states: states, *[lambda states: (states, states)] * 2, COSTS, 0.0, CPU)  # type: ignore[arg-type]
     policy = DynamicPolicy(DEPTHS, 8, LENGTH, ROWS, shadow, planner, CPU, True, stopwatch)
     monkeypatch.setattr(policy.statistics, "estimate", lambda slots: torch.full((ROWS, 2), 0.8, dtype=torch.float64))
     limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 100)

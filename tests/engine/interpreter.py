@@ -20,6 +20,8 @@ def use_triton_interpreter() -> None:
 
     backends["cpu"] = SimpleNamespace(compiler=None, driver=_NoDriver)
     _patch_the_language_once()
+    _check_no_sums()
+    _name_types_once()
     _multiply_bfloat16()
 
 
@@ -37,6 +39,28 @@ def _patch_the_language_once() -> None:
         return patch(function)
 
     interpreter._patch_lang = patch_unless_patched
+
+
+def _check_no_sums() -> None:
+    """A third of its time goes into whether whole numbers overflow: compiled kernels are not asked that either."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    object.__setattr__(interpreter_builder.options, "sanitize_overflow", False)
+
+
+def _name_types_once() -> None:
+    """A tenth goes into a table of all types, made anew whenever one is looked up."""
+    from triton.runtime import interpreter
+
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def look_up_once(dtype: Any) -> Any:
+        name = str(dtype.scalar)
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = look_up_once
 
 
 def _multiply_bfloat16() -> None:
@@ -94,4 +118,5 @@ def read_the_head_in_large_blocks() -> None:
     """The interpreter's time goes by operations, not by what is in them. Small blocks are tested in tests/kernels."""
     from vllm_del.kernels.exit_head import triton
 
-    triton.BLOCK_TOKENS, triton.BLOCK_BYTES = 1024, 1024
+    triton.SHAPES[0].kwargs.update(BLOCK_TOKENS=1024, BLOCK_BYTES=1024)
+    triton.LEAST_TOKENS = 1024

@@ -1,5 +1,6 @@
 """What is drafted is what the model, cut off at the exit layer, would say after the same text."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine import host as engines
-from tests.engine.checkpoints import checkpoint
+from tests.engine.checkpoints import VOCAB, checkpoint
 from tests.engine.host import RUNNERS, Host
 
 PROMPT = [11, 45, 7, 7, 102, 9, 64, 33]
@@ -49,6 +50,20 @@ def test_drafts_are_those_of_the_truncated_model(
     late = 0 if host.runner == "v1" else 2
     assert (outcome.drafted, outcome.accepted) == _simulate(model, exit_layer, num_tokens, texts, late=late)
     assert 0 < outcome.accepted < outcome.drafted
+
+
+def test_drafts_of_some_tokens(host: Host, checkpoints: Path, tmp_path: Path) -> None:
+    """Each draft is the best of the listed tokens: as for the truncated model that can say no other."""
+    model, listed, file = checkpoint(checkpoints, "llama"), [*range(VOCAB - 1, 3, -3)], tmp_path / "listed.json"
+    file.write_text(json.dumps(listed))
+    spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": 2, "num_speculative_tokens": 4}
+    outcome = host.generate(model, PROMPTS, GREEDY, {**spec, "del_draft_vocab": str(file)}, max_num_batched_tokens=48)
+    whole = host.generate(model, PROMPTS, GREEDY, spec, max_num_batched_tokens=48)
+    assert outcome.completions == whole.completions
+    texts = [(*prompt, *c.token_ids) for prompt, (c,) in zip(PROMPTS, outcome.completions, strict=True)]
+    late = 0 if host.runner == "v1" else 2
+    assert (outcome.drafted, outcome.accepted) == _simulate(model, 2, 4, texts, late=late, listed=listed)
+    assert 0 < outcome.accepted < whole.accepted
 
 
 def test_drafts_after_preemption(host: Host, checkpoints: Path) -> None:
@@ -110,8 +125,10 @@ def _simulate(
     texts: list[tuple[int, ...]],
     prompt_lengths: Sequence[int] = (),
     late: int = 0,
+    listed: Sequence[int] = (),
 ) -> tuple[int, int]:
     """Tokens drafted and accepted while `texts` are generated after their prompts; a first token needs no draft.
+    Drafts are of the `listed` tokens, if any are.
 
     Drafts are not made past the end of a text, as far as can be known: `late` steps ago so many tokens were there, and
     each step since has brought one at least.
@@ -129,7 +146,7 @@ def _simulate(
             steps = min(late, len(generated) - 1)
             number = max(0, min(num_tokens, wanted - (generated[-1 - steps] + steps) - 1))
             known = prompt_length + generated[-1]
-            drafts = _continued(early, text[:known], number)[known:]
+            drafts = _continued(early, text[:known], number, listed)[known:]
             pairs = zip(drafts, text[known:], strict=False)
             hits = next((i for i, (draft, token) in enumerate(pairs) if draft != token), number)
             drafted += number
@@ -138,8 +155,9 @@ def _simulate(
     return drafted, accepted
 
 
-def _continued(model: Any, text: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
-    """`text` and the `num_tokens` tokens that follow it greedily."""
+def _continued(model: Any, text: tuple[int, ...], num_tokens: int, listed: Sequence[int] = ()) -> tuple[int, ...]:
+    """`text` and the `num_tokens` tokens that follow it greedily, of the `listed` ones if any are."""
     for _ in range(num_tokens):
-        text = (*text, int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        logits = model(torch.tensor([text]), use_cache=False).logits[0, -1]
+        text = (*text, max(listed, key=lambda token: float(logits[token])) if listed else int(logits.argmax()))
     return text

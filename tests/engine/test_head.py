@@ -33,7 +33,7 @@ def test_fused_where_triton_runs(host: Host, checkpoints: Path, architecture: st
 
 def _kinds_of_changed_models(model: str, dtype: str) -> dict[str, str]:
     """What is chosen for models that do something else to their logits."""
-    from vllm_del.engine.head import make_head
+    from vllm_del.engine.head import make_whole_head
 
     target = drafter_of(engines._engine(model, SPEC, {"dtype": dtype})).model.target
     plain = target.compute_logits
@@ -46,11 +46,11 @@ def _kinds_of_changed_models(model: str, dtype: str) -> dict[str, str]:
     kinds = {}
     for name, compute_logits in changed.items():
         target.compute_logits = compute_logits
-        kinds[name] = type(make_head(target)).__name__
+        kinds[name] = type(make_whole_head(target)).__name__
     del target.compute_logits
     processor = target.logits_processor
     processor.head_dtype, before = torch.float64, processor.head_dtype
-    kinds["wider"] = type(make_head(target)).__name__
+    kinds["wider"] = type(make_whole_head(target)).__name__
     processor.head_dtype = before
     return kinds
 

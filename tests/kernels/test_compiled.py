@@ -82,12 +82,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("rows", [1, 32, 64])
-def test_exit_head(compile_for: Callable[..., Compiled], tmp_path: Path, capability: int, rows: int) -> None:
-    from vllm_del.kernels.exit_head.triton import exit_head
+@pytest.mark.parametrize(
+    ("capability", "rows", "shape"),
+    [
+        *((90, rows, shape) for rows in (16, 128) for shape in range(5)),
+        *((capability, rows, 0) for capability in (80, 100) for rows in (16, 128)),
+        *((90, rows, 0) for rows in (1, 32, 64)),
+    ],
+)
+def test_exit_head(
+    compile_for: Callable[..., Compiled],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capability: int,
+    rows: int,
+    shape: int,
+) -> None:
+    from vllm_del.kernels.exit_head import triton
 
-    compiled = compile_for(capability, exit_head, of(rows, 4096), of(128256, 4096))
+    monkeypatch.setattr(triton, "SHAPES", triton.SHAPES[shape:])
+    compiled = compile_for(capability, triton.exit_head, of(rows, 4096), of(128256, 4096))
     check(compiled, capability, {"_read_part", "_merge_parts"}, tmp_path)
 
 
@@ -102,6 +116,21 @@ def test_options(compile_for: Callable[..., Compiled], tmp_path: Path, option: s
         options["norm_weight"] = of(4096, dtype=dtype)
     compiled = compile_for(90, exit_head, of(16, 4096, dtype=dtype), weight, **options)
     check(compiled, 90, {"_read_part", "_merge_parts"}, tmp_path)
+
+
+@pytest.mark.parametrize("pairs", [16, 128])
+def test_shadow_agree(compile_for: Callable[..., Compiled], tmp_path: Path, pairs: int) -> None:
+    from vllm_del.kernels.shadow_agree.triton import shadow_agree
+
+    compiled = compile_for(90, shadow_agree, of(pairs, 4096), of(128256, 4096), of(pairs, dtype=torch.int64))
+    check(compiled, 90, {"_read_part", "_compare"}, tmp_path)
+
+
+def test_exit_rows(compile_for: Callable[..., Compiled], tmp_path: Path) -> None:
+    from vllm_del.kernels.exit_rows.triton import exit_rows
+
+    compiled = compile_for(90, exit_rows, of(64, 4096), of(64, dtype=torch.int64), 1, of(64, 4096))
+    check(compiled, 90, {"_copy"}, tmp_path)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_the_demo_model(tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.engine
+def test_a_draft_vocabulary_costs_agreement(tmp_path: Path) -> None:
+    """What it costs stands beside what there was: a few tokens are not all that this text is made of."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import os\\n\\n\\ndef walk(top):\\n\n")
+    options = ["--json", "--batch", "1", "--prompts", str(prompts), "--max-tokens", "48", "--exits", "4,6"]
+    options += ["--draft-vocab", "300", "--max-draft", "2"]
+    options += ["--engine-args", json.dumps({"dtype": "float32", "max_model_len": 256, "enforce_eager": True})]
+    command = [str(Path(sys.executable).with_name("vllm-del")), "profile", str(DEMO_MODEL), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["head"] == {"del_draft_vocab": 300}
+    assert all(exit["agreement"] < exit["whole_head"] - 0.05 for exit in found["exits"])
+
+
 def test_what_it_advises(capsys: pytest.CaptureFixture[str]) -> None:
     good = profile_of(0.95)
     configuration = good.configuration([1, 4])
@@ -48,6 +65,17 @@ def test_what_it_advises(capsys: pytest.CaptureFixture[str]) -> None:
     assert configuration["del_exit_layers"] == [4]
     cli.show(good, good.predictions([1, 4]), configuration)
     assert json.dumps(configuration) in capsys.readouterr().out
+
+
+def test_the_head_it_was_asked_with_is_part_of_the_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    head: dict[str, str | int] = {"del_draft_vocab": 8000, "del_draft_head": "fp8"}
+    asked = profile_of(0.95)
+    asked = replace(asked, head=head, exits=[replace(asked.exits[0], whole_head=0.987)])
+    configuration = asked.configuration([1, 4])
+    assert configuration is not None
+    assert head.items() <= configuration.items()
+    cli.show(asked, asked.predictions([1, 4]), configuration)
+    assert "0.987" in capsys.readouterr().out
 
 
 def test_it_says_plainly_when_del_will_not_pay(capsys: pytest.CaptureFixture[str]) -> None:

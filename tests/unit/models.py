@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-LLAMA_LAYERS = 12
+LLAMA_LAYERS, LLAMA_TOKENS = 12, 256
 
 _DECODER = {
     "hidden_size": 64,
@@ -11,7 +11,7 @@ _DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": LLAMA_LAYERS,
-    "vocab_size": 256,
+    "vocab_size": LLAMA_TOKENS,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",

@@ -4,11 +4,12 @@ import copy
 import pickle
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.models import LLAMA_LAYERS
-from vllm_del.config import DEFAULT_NUM_SPECULATIVE_TOKENS, DelConfig
+from tests.unit.models import LLAMA_LAYERS, LLAMA_TOKENS
+from vllm_del.config import DEFAULT_NUM_SPECULATIVE_TOKENS, DelConfig, read_tokens
 
 DEEPEST = LLAMA_LAYERS - 1
 
@@ -21,6 +22,8 @@ class TestDefaults:
         assert config.del_policy == "dynamic"
         assert config.del_objective == "goodput"
         assert config.del_shadow_budget == 0.02
+        assert config.del_draft_vocab is None
+        assert config.del_draft_head == "auto"
 
     @pytest.mark.parametrize(
         ("depth", "exits"),
@@ -144,6 +147,14 @@ class TestWrongValues:
     def test_del_shadow_budget(self, value, del_config):
         self.assert_refused(del_config, "del_shadow_budget", value, [str(value)])
 
+    @pytest.mark.parametrize("value", [True, 2.5, [5], {"size": 3}, 0, -1, LLAMA_TOKENS, 10**9])
+    def test_del_draft_vocab(self, value, del_config):
+        self.assert_refused(del_config, "del_draft_vocab", value, [str(value)])
+
+    @pytest.mark.parametrize("value", ["x", None, "FP8", 8])
+    def test_del_draft_head(self, value, del_config):
+        self.assert_refused(del_config, "del_draft_head", value, [repr(value), "'auto'", "'model'", "'fp8'"])
+
     @pytest.mark.parametrize(
         ("field", "value"),
         [
@@ -188,6 +199,53 @@ class TestWrongValues:
         message = str(error.value).split("input_type=ArgsKwargs")[0].split("input_value=ArgsKwargs")[0]
         for word in [field, *words]:
             assert word in message
+
+
+class TestDraftVocabulary:
+    @pytest.mark.parametrize("given", [7, "7"])
+    def test_a_number(self, given, del_config):
+        assert del_config(del_draft_vocab=given).del_draft_vocab == 7
+
+    @pytest.mark.parametrize(
+        ("name", "write"),
+        [
+            ("ids.json", lambda file: file.write_text("[5, 3, 90]")),
+            ("ids.pt", lambda file: torch.save([5, 3, 90], file)),
+            ("ids.pt", lambda file: torch.save(torch.tensor([5, 3, 90]), file)),
+        ],
+    )
+    def test_a_file(self, name, write, tmp_path, del_config):
+        write(tmp_path / name)
+        config = del_config(del_draft_vocab=str(tmp_path / name))
+        assert read_tokens(config.del_draft_vocab, LLAMA_TOKENS) == [5, 3, 90]
+
+    @pytest.mark.parametrize(
+        ("name", "text", "words"),
+        [
+            ("none.json", None, "No such file"),
+            ("none.pt", None, "No such file"),
+            ("ids.json", "5 3", "neither JSON nor"),
+            ("ids.pt", "[5]", "neither JSON nor"),
+            ("ids.json", '{"ids": [5]}', "a list of token ids is needed"),
+            ("ids.json", "[]", "a list of token ids is needed"),
+            ("ids.json", "[true]", "a list of token ids is needed"),
+            ("ids.json", f"[{LLAMA_TOKENS}]", f"token {LLAMA_TOKENS} is not in the model's vocabulary of"),
+            ("ids.json", "[-1]", "token -1 is not in"),
+            ("ids.json", "[5, 5, 5, 6]", "it has 2 tokens twice"),
+        ],
+    )
+    def test_a_file_that_is_none(self, name, text, words, tmp_path, del_config):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        file = str(tmp_path / name)
+        with pytest.raises(ValueError, match="del_draft_vocab") as error:
+            del_config(del_draft_vocab=file)
+        assert f"del_draft_vocab={file!r}: " in str(error.value)
+        assert words in str(error.value)
+
+    def test_compiled_code_does_not_depend_on_it(self, del_config):
+        hashes = {del_config(del_draft_vocab=size, del_draft_head="model").compute_hash() for size in (None, 7)}
+        assert hashes == {del_config().compute_hash()}
 
 
 EXITS = st.integers(1, DEEPEST)

@@ -54,6 +54,12 @@ def test_settings(settings, words, engine_config):
     assert_one_problem(error.value, words)
 
 
+def test_a_draft_vocabulary_on_several_ranks(engine_config):
+    with pytest.raises(ValueError, match="cannot serve this configuration") as error:
+        engine_config(speculative_config={"method": "del", "del_draft_vocab": 64}, tensor_parallel_size=2)
+    assert_one_problem(error.value, ["del_draft_vocab=64 with tensor_parallel_size=2"])
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

@@ -16,40 +16,10 @@ from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.together import Together
 from vllm_del.draft.upload import upload
+from vllm_del.draft.verified import Verified
 from vllm_del.policy.acceptance import AcceptanceStatistics
 from vllm_del.policy.objective import best_by_tokens_per_layer
 from vllm_del.policy.planner import Planner
-
-
-@dataclass
-class Verified:
-    """What a verification did: tensors on the model's device, by row of the batch."""
-
-    # per candidate exit, and at last for the whole model: [tokens, hidden size], hidden state and residual together
-    states: Sequence[torch.Tensor]
-    # [tokens] int: what was fed
-    input_ids: torch.Tensor
-    # [rows] int64: where in these the row's last known token is; its drafts follow
-    start: torch.Tensor
-    # [rows] int64: the drafts verified, and of these the accepted
-    drafted: torch.Tensor
-    accepted: torch.Tensor
-    # [rows] int: the token that the target chose itself, after the accepted drafts
-    next_token: torch.Tensor
-    # [rows] bool: rows past their prompt; the others sampled nothing that counts
-    sampled: torch.Tensor
-    # the largest of `drafted`, or a bound on it
-    longest: int
-    # of the step, prompts included
-    num_tokens: int
-    # the context lengths of all rows together, or a bound on it
-    contexts: int
-    # whether every row was past its prompt before
-    only_decodes: bool
-    # rows of sequences seen for the first time, or again in another slot
-    fresh: Sequence[int]
-    # of these the rows that ended their prompt in this step, and how many of its positions before the last one count
-    ended: Sequence[tuple[int, int]]
 
 
 @dataclass
@@ -101,7 +71,7 @@ class DynamicPolicy:
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
-        self._shadow = shadow
+        self.shadow = shadow
         self.planner = planner
         self._on_host = on_host
         self._stopwatch = stopwatch
@@ -153,7 +123,7 @@ class DynamicPolicy:
             seconds = self._stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
             if seconds is not None:
                 self._tally.add_time(*seconds)
-        self._shadow.earn(verified.num_tokens, self._drafts)
+        self.shadow.earn(verified.num_tokens, self._drafts)
         same = self._choice is not None and self._choice.slots is slots and verified.only_decodes
         self._together = self._together + 1 if same else 0
         if same and self.pace is not None:
@@ -181,21 +151,21 @@ class DynamicPolicy:
     ) -> None:
         """Ask exits that did not draft what they would have said, as far as the budget goes."""
         wanted = kept.unsqueeze(-1) & ~scored
-        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), wanted.numel())
+        number = self.shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), wanted.numel())
         if not number:
             return
-        places = self._shadow.choose(wanted, number)
+        places = self.shadow.choose(wanted, number)
         row, rest = places // (wanted.shape[1] * wanted.shape[2]), places % (wanted.shape[1] * wanted.shape[2])
         step, exit = rest // wanted.shape[2], rest % wanted.shape[2]
         # What is not wanted may lie anywhere.
         last = verified.input_ids.shape[0] - 1
         at = (verified.start[row] + step).clamp_max(last)
         accepted_token = verified.input_ids[(at + 1).clamp_max(last)]
-        target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row])
-        token, probability = self._shadow.score(verified.states, at, exit)
+        target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row]).long()
+        agrees, probability = self.shadow.score(verified.states, at, exit, target)
         # Where fewer are wanted than were chosen, the rest must not touch what was verified.
         new = wanted.view(-1)[places]
-        matched.view(-1)[places] = torch.where(new, token == target, matched.view(-1)[places])
+        matched.view(-1)[places] = torch.where(new, agrees, matched.view(-1)[places])
         confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
         scored.view(-1)[places] |= new
 
@@ -203,22 +173,23 @@ class DynamicPolicy:
         """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
         back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
-        each = len(self._depths) + 1
-        number = self._shadow.affordable(len(row) * each, len(row) * each) // each
+        each = len(self._depths)
+        number = self.shadow.affordable(len(row) * each, len(row) * each) // each
         if not number:
             return
-        chosen = self._shadow.choose(torch.ones_like(row, dtype=torch.bool), number)
+        chosen = self.shadow.choose(torch.ones_like(row, dtype=torch.bool), number)
         row, back = row[chosen], back[chosen]
-        at = (verified.start[row] - back).repeat_interleave(each)
+        at = verified.start[row] - back
+        target = self.shadow.target_tokens(verified.states[-1][at])
         exit = torch.arange(each, device=slots.device).repeat(number)
-        token, probability = self._shadow.score(verified.states, at, exit)
-        token, probability = token.view(number, each), probability.view(number, each)
+        pairs = at.repeat_interleave(each), exit, target.repeat_interleave(each)
+        agrees, probability = self.shadow.score(verified.states, *pairs)
         # [rows, positions, exits]
-        shape = (len(slots), PROMPT_POSITIONS, each - 1)
+        shape = (len(slots), PROMPT_POSITIONS, each)
         matched = torch.zeros(shape, dtype=torch.bool, device=slots.device)
         scored, confidence = torch.zeros_like(matched), torch.zeros(shape, device=slots.device)
-        matched[row, back - 1] = token[:, :-1] == token[:, -1:]
-        confidence[row, back - 1] = probability[:, :-1]
+        matched[row, back - 1] = agrees.view(number, each)
+        confidence[row, back - 1] = probability.view(number, each)
         scored[row, back - 1] = True
         # A round of its own, before those of the drafts.
         self.statistics.observe(slots, *(values.unsqueeze(0) for values in (matched, confidence, scored)))

@@ -19,6 +19,7 @@ from vllm_del.draft.head import Head
 from vllm_del.draft.network import Layers
 from vllm_del.draft.together import Together
 from vllm_del.kernels.advance_rows import NO_TOKEN, Said, advance_rows
+from vllm_del.kernels.exit_rows import exit_rows
 
 
 @dataclass
@@ -199,5 +200,8 @@ def run_segments(
     hidden_states, residual, states = segments[0](input_ids, positions)
     for index, segment in enumerate(segments[1:], start=1):
         hidden_states, residual, deeper = segment(positions, hidden_states, residual)
-        states = deeper if exit is None else deeper.where((exit >= index).unsqueeze(-1), states)
+        if exit is None:
+            states = deeper
+        else:
+            exit_rows(deeper, exit, index, states)
     return states

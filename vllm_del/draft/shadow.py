@@ -30,6 +30,8 @@ class ShadowScorer:
         self,
         read_out: Callable[[torch.Tensor], torch.Tensor],
         head: Head,
+        # what the target itself goes through
+        whole_head: Head,
         # None: everything is scored, whatever it costs
         costs: CostTables | None,
         # of a verification's time, the part that may go into scoring
@@ -39,7 +41,8 @@ class ShadowScorer:
         by_clock: bool = False,
     ) -> None:
         self._read_out = read_out
-        self._head = head
+        self.head = head
+        self.whole_head = whole_head
         self._costs = costs
         self._share = share
         self._by_clock = by_clock
@@ -69,6 +72,19 @@ class ShadowScorer:
         self._saved -= self._costs.head_seconds(number)
         return number
 
+    def target_tokens(
+        self,
+        # [positions, hidden size]: after all layers, hidden state and residual together
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the target says there, [positions] int64. Paid for afterwards."""
+        begun = time.perf_counter()
+        token, _ = self.whole_head(self._read_out(states))
+        if self._costs is not None:
+            by_table = self._costs.head_seconds(len(states))
+            self._saved -= time.perf_counter() - begun if self._by_clock else by_table
+        return token
+
     def score(
         self,
         # after each exit [tokens, hidden size]: hidden state and residual together
@@ -76,19 +92,22 @@ class ShadowScorer:
         # [pairs] int64 each: which token, after which exit
         at: torch.Tensor,
         exit: torch.Tensor,
+        # [pairs] int64: what the target said there
+        target: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shadow tokens [pairs] int64, and their probabilities [pairs] float32."""
-        begun, tokens, probabilities = time.perf_counter(), [], []
+        """Whether the shadow tokens are the target's, [pairs] bool, and their probabilities, [pairs] float32."""
+        begun, agreements, probabilities = time.perf_counter(), [], []
         # States and logits of all of them at once might not fit in memory.
-        for some, after in zip(at.split(SHADOW_ROWS), exit.split(SHADOW_ROWS), strict=True):
+        parts = (values.split(SHADOW_ROWS) for values in (at, exit, target))
+        for some, after, expected in zip(*parts, strict=True):
             of_each = torch.stack([state[some] for state in states])
             picked = of_each[after, torch.arange(len(some), device=some.device)]
-            token, probability = self._head(self._read_out(picked))
-            tokens.append(token)
+            agrees, probability = self.head.agree(self._read_out(picked), expected)
+            agreements.append(agrees)
             probabilities.append(probability)
         if self._by_clock and self._costs is not None:
             self._saved -= time.perf_counter() - begun - self._costs.head_seconds(len(at))
-        return torch.cat(tokens), torch.cat(probabilities)
+        return torch.cat(agreements), torch.cat(probabilities)
 
     def choose(
         self,

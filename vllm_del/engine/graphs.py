@@ -7,10 +7,11 @@ in buffers of their own. Recording, memory pool, sizes of batches and the choice
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
@@ -28,8 +29,13 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_del.draft.head import Head
 from vllm_del.draft.network import Layers
+from vllm_del.kernels.exit_rows import exit_rows
 
 logger = init_logger(f"vllm.{__name__}")
+
+SPARSE = 1.25
+"""Each size of batch that is recorded is so many times the one before it, as what waits for weights costs little more
+for a few rows more. vLLM's own sizes are up to four times as many, and we record each in stages."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Stage(BatchExecutionDescriptor):
 
 class DraftGraphs(CudaGraphManager):
     """The graphs of draft steps. What they read is in `input_buffers` and `exit`, whatever the number of rows."""
+
+    compilation_config: CompilationConfig
 
     def __init__(
         self,
@@ -68,6 +76,12 @@ class DraftGraphs(CudaGraphManager):
         self._seconds, self._bytes = 0.0, 0
         self._token = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self._confidence = torch.zeros(self.max_num_reqs, device=device)
+
+    def _init_candidates(self) -> None:
+        sizes = sorted(self.compilation_config.cudagraph_capture_sizes or ())
+        self.compilation_config = copy(self.compilation_config)
+        self.compilation_config.cudagraph_capture_sizes = thinned([size for size in sizes if size <= self.max_num_reqs])
+        super()._init_candidates()
 
     def capture_stages(
         self,
@@ -145,12 +159,21 @@ class DraftGraphs(CudaGraphManager):
             if self._layers is None:
                 hidden_states, residual, states = given
                 self._layers = hidden_states.clone(), residual if residual is None else residual.clone(), states.clone()
+            self._layers[2][:rows].copy_(given[2])
         else:
             assert self._layers is not None
             hidden_states, residual, states = (kept if kept is None else kept[:rows] for kept in self._layers)
-            *further, deeper = self._segments[index](positions, hidden_states, residual)
-            leaves_here = (self._exit[:rows] >= index).unsqueeze(-1)
-            given = *further, deeper.where(leaves_here, states)
-        for kept, value in zip(self._layers, given, strict=True):
+            given = self._segments[index](positions, hidden_states, residual)
+            exit_rows(given[2], self._exit[:rows], index, states)
+        for kept, value in zip(self._layers[:2], given[:2], strict=True):
             if kept is not None:
                 kept[:rows].copy_(value)
+
+
+def thinned(sizes: Sequence[int]) -> list[int]:
+    """Of ascending sizes those that `SPARSE` leaves, and the largest."""
+    kept: list[int] = []
+    for size in sizes:
+        if not kept or size >= SPARSE * kept[-1] or size == sizes[-1]:
+            kept.append(size)
+    return kept

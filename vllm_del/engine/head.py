@@ -8,34 +8,37 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from vllm_del.draft.head import FusedHead, Head, LogitsHead
+from vllm_del.draft.head import FusedHead, Head, LogitsHead, PlainHead
 from vllm_del.kernels.backend import runs_triton
 
-TRIED_ROWS = 1, 17, 33
-"""Rows of a batch for each way that the kernel is compiled: not to be compiled while serving."""
+TRIED_ROWS = 1, 17, 33, 65
+"""Rows of a batch for each way that kernels are compiled: not to be compiled, or tuned, while serving."""
 
 
-def make_head(target: nn.Module) -> Head:
+def make_whole_head(target: nn.Module) -> FusedHead | LogitsHead:
     """The head that stores no logits where it says what the target's own says, else that one."""
-    fused = _fused(target)
-    if fused is not None and all(_agrees(fused, target, rows) for rows in TRIED_ROWS):
-        return fused
+    plain = plain_head(target)
+    if plain is not None and runs_triton(plain.weight):
+        fused = FusedHead(plain)
+        if agrees(fused, target, plain.weight):
+            try_out(fused, plain.weight)
+            return fused
     return LogitsHead(target.compute_logits)
 
 
-def _fused(target: nn.Module) -> FusedHead | None:
-    """Of a head that is a plain matrix, or a shard of one; None for any other, and where Triton does not run."""
+def plain_head(target: nn.Module) -> PlainHead | None:
+    """Of a head that is a plain matrix, or a shard of one, by what is the same on every rank; None for any other."""
     # Gemma has no head beside its embedding.
     lm_head: Any = getattr(target, "lm_head", None) or getattr(target.model, "embed_tokens", None)
     processor: Any = getattr(target, "logits_processor", None)
     if not isinstance(lm_head, VocabParallelEmbedding) or processor is None:
         return None
-    weight, shard = getattr(lm_head, "weight", None), lm_head.shard_indices
-    if weight is None or not runs_triton(weight):
-        return None
-    # By what is the same on every rank: they have to choose alike, as they ask each other.
+    weight: Any = getattr(lm_head, "weight", None)
+    shard = lm_head.shard_indices
+    # Ranks have to choose alike, as they ask each other.
     plain = (
-        isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        weight is not None
+        and isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
         and getattr(lm_head, "bias", None) is None
         and not lm_head.num_added_embeddings
         # Nobody's shard is all padding.
@@ -46,7 +49,7 @@ def _fused(target: nn.Module) -> FusedHead | None:
     )
     if not plain:
         return None
-    return FusedHead(
+    return PlainHead(
         # Without the rows that pad it
         weight[: shard.num_org_elements],
         shard.org_vocab_start_index,
@@ -57,12 +60,28 @@ def _fused(target: nn.Module) -> FusedHead | None:
 
 
 @torch.inference_mode()
-def _agrees(fused: FusedHead, target: nn.Module, rows: int) -> bool:
-    """Whether both say the same of a few states: a model's own `compute_logits` may do what the fused head does not."""
-    generator = torch.Generator(fused.weight.device).manual_seed(rows)
-    shape = rows, fused.weight.shape[1]
-    states = torch.randn(shape, device=fused.weight.device, generator=generator).to(fused.weight.dtype)
-    token, probability = fused(states)
+def try_out(
+    head: Head,
+    # [vocabulary, hidden size]
+    weight: torch.Tensor,
+) -> None:
+    """Have everything compiled that `head` may launch in service."""
+    for rows in TRIED_ROWS:
+        states = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        token, _ = head(states)
+        head.agree(states, token)
+
+
+@torch.inference_mode()
+def agrees(head: Head, target: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether both say the same of a few states: a model's own `compute_logits` may do what `head` does not."""
+    return all(_agrees(head, target, weight, rows) for rows in TRIED_ROWS)
+
+
+def _agrees(head: Head, target: nn.Module, weight: torch.Tensor, rows: int) -> bool:
+    generator = torch.Generator(weight.device).manual_seed(rows)
+    states = torch.randn(rows, weight.shape[1], device=weight.device, generator=generator).to(weight.dtype)
+    token, probability = head(states)
     logs = target.compute_logits(states).float().log_softmax(-1)
     # Rounding may choose another of two tokens that are nearly as probable: it has to be as probable in the target.
     near = 1e-4 if states.dtype == torch.float32 else 0.05

@@ -5,7 +5,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.head import FusedHead, Head
+from vllm_del.draft.head import Head
 from vllm_del.draft.network import EarlyExitNetwork
 
 # Under vLLM's own logger, the only one it gives a handler.
@@ -36,12 +36,13 @@ def log_plan(vllm_config: VllmConfig, network: EarlyExitNetwork, head: Head, run
     assert isinstance(config, DelConfig)
     depths = " or ".join(map(str, config.exits))
     logger.info_once(
-        "del: %s drafts for itself, up to %d tokens a round with the first %s of its %d layers (%s, model runner %s%s)",
+        "del: %s drafts for itself, up to %d tokens a round with the first %s of its %d layers (%s, model runner %s, "
+        "%s)",
         type(network.target).__name__,
         config.num_speculative_tokens,
         depths,
         network.num_layers,
         f"chosen for each sequence by {config.del_objective}" if config.is_dynamic else "fixed",
         runner,
-        ", fused LM head" if isinstance(head, FusedHead) else "",
+        head,
     )

@@ -23,7 +23,9 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
-from vllm_del.draft.decide import DynamicPolicy, Verified
+from vllm_del.config import DelConfig
+from vllm_del.draft.decide import DynamicPolicy
+from vllm_del.draft.verified import Verified
 from vllm_del.engine.rehearsal import Rehearsal
 from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
@@ -196,10 +198,14 @@ def _seconds(run: Callable[[], None], before: Callable[[], None] = lambda: None)
 
 def _path(vllm_config: VllmConfig) -> Path:
     """Where the costs are saved: another model, dtype, setting, machine or version has another file."""
+    config = vllm_config.speculative_config
+    assert isinstance(config, DelConfig)
     parts = (
         FORMAT,
         vllm_config.compute_hash(),
-        vllm_config.num_speculative_tokens,
+        config.num_speculative_tokens,
+        config.del_draft_vocab,
+        config.del_draft_head,
         vllm_config.use_v2_model_runner,
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.scheduler_config.max_num_batched_tokens,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm_del.policy.cost import MeasuredCosts
@@ -15,6 +16,8 @@ def profile(
     max_tokens: int,
     batch: int,
     max_draft: int,
+    # of the head that drafts go through: `del_draft_vocab`, `del_draft_head`; if any, prompts are decoded twice
+    head: dict[str, str | int],
     advance: Callable[[int], None],
     engine_args: dict[str, Any],
 ) -> Profile:
@@ -36,24 +39,36 @@ def profile(
         "del_exit_layers": asked,
         # As much for asking exits as for the model itself: it is what this run is for.
         "del_shadow_budget": 1.0,
+        **head,
     }
     llm = LLM(model, speculative_config=config, max_num_seqs=batch, **engine_args)
     llm.collective_rpc(_remember_everything)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"del": {"enabled": False}})
-    tokens = contexts = 0
-    totals = [[0.0] * 4 for _ in asked]
-    for start in range(0, len(prompts), batch):
-        outputs = llm.generate(list(prompts[start : start + batch]), params, use_tqdm=False)
-        for output in outputs:
-            generated = len(output.outputs[0].token_ids)
-            tokens += generated
-            contexts += generated * (len(output.prompt_token_ids or ()) + generated // 2)
-        for total, seen in zip(totals, llm.collective_rpc(_take)[0], strict=True):
-            total[:] = [a + b for a, b in zip(total, seen, strict=True)]
-        advance(len(outputs))
-    (costs, *_) = llm.collective_rpc(costs_of_worker)
+
+    def decode() -> tuple[int, int, list[list[float]]]:
+        """Tokens generated, the contexts they were generated in, and by exit what `_take` gives."""
+        tokens = contexts = 0
+        totals = [[0.0] * 4 for _ in asked]
+        for start in range(0, len(prompts), batch):
+            outputs = llm.generate(list(prompts[start : start + batch]), params, use_tqdm=False)
+            for output in outputs:
+                generated = len(output.outputs[0].token_ids)
+                tokens += generated
+                contexts += generated * (len(output.prompt_token_ids or ()) + generated // 2)
+            for total, seen in zip(totals, llm.collective_rpc(_take)[0], strict=True):
+                total[:] = [a + b for a, b in zip(total, seen, strict=True)]
+            advance(len(outputs))
+        return tokens, contexts, totals
+
+    # First as a server begins, which has counted nothing yet.
+    tokens, contexts, totals = decode()
     by_exit = [_exit_profile(layers, *total) for layers, total in zip(asked, totals, strict=True)]
-    return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs)
+    if head:
+        llm.collective_rpc(_ask_the_whole_head)
+        with_all = [_exit_profile(layers, *total) for layers, total in zip(asked, decode()[2], strict=True)]
+        by_exit = [replace(a, whole_head=b.agreement) for a, b in zip(by_exit, with_all, strict=True)]
+    (costs, *_) = llm.collective_rpc(costs_of_worker)
+    return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs, head)
 
 
 def _exit_profile(depth: int, matches: float, mismatches: float, right: float, wrong: float) -> ExitProfile:
@@ -75,6 +90,12 @@ def _remember_everything(worker: Any) -> None:
     policy = _policy(worker)
     policy.statistics.decay = 1.0
     policy.pace = None
+
+
+def _ask_the_whole_head(worker: Any) -> None:
+    """In the worker: from now on exits say what they would through all of the target's head."""
+    shadow = _policy(worker).shadow
+    shadow.head = shadow.whole_head
 
 
 def _take(worker: Any) -> list[list[float]]:

@@ -19,12 +19,14 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 
 from vllm_del.config import DelConfig
-from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
 from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, Forward, draft, eager, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
+from vllm_del.draft.verified import Verified
 from vllm_del.engine.compiled import compiled_segments
-from vllm_del.engine.head import make_head
+from vllm_del.engine.draft_head import make_draft_head, make_vocabulary
+from vllm_del.engine.head import make_whole_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
@@ -55,7 +57,9 @@ class DelProposer(DraftModelProposer):
         assert isinstance(config, DelConfig)
         self.model = EarlyExitNetwork.from_target(target_model)
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        self.head = make_head(target_model)
+        self.vocabulary = make_vocabulary(self.vllm_config, self.device)
+        self.whole_head = make_whole_head(target_model)
+        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, self.vocabulary)
         # Until costs are measured.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_tokens)
         self._draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
@@ -159,7 +163,7 @@ class DelProposer(DraftModelProposer):
         sampled = ~unfinished
         request_ids = self.runner.input_batch.req_ids
         slots = self.slots_of.of(request_ids)
-        if isinstance(self.policy, DynamicPolicy):
+        if self.vocabulary is not None or isinstance(self.policy, DynamicPolicy):
             verified = self._verified(
                 common_attn_metadata,
                 drafted,
@@ -169,7 +173,10 @@ class DelProposer(DraftModelProposer):
                 target_hidden_states,
                 next_token_ids,
             )
-            self.policy.observe(slots, verified)
+            if self.vocabulary is not None:
+                self.vocabulary.observe(verified)
+            if isinstance(self.policy, DynamicPolicy):
+                self.policy.observe(slots, verified)
         most = [self.allowance.longest.get(request, num_speculative_tokens) for request in request_ids]
         plan = self.policy.plan(slots, torch.tensor(most) * sampled, common_attn_metadata.seq_lens[:num_rows])
 

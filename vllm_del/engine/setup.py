@@ -10,6 +10,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Pace, Stopwatch
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
+from vllm_del.draft.head import Head
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.engine.measure import costs_of, planning_seconds
@@ -34,12 +35,14 @@ class Drafter(Performer, Protocol):
     """What both runners' drafters have when a model is loaded and its KV cache is there."""
 
     model: EarlyExitNetwork
+    whole_head: Head
+    """The target's own, where drafts may go through less of it."""
     slots_of: Slots
 
 
 def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
     """The policy that is asked for, when all else is ready to serve: it may have to measure what a round costs."""
-    vllm_config, network, head, device = drafter.vllm_config, drafter.model, drafter.head, drafter.device
+    vllm_config, network, device = drafter.vllm_config, drafter.model, drafter.device
     config = vllm_config.speculative_config
     assert isinstance(config, DelConfig)
     length = config.num_speculative_tokens
@@ -53,7 +56,8 @@ def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
     if config.del_objective == "goodput":
         measured = costs_of(vllm_config, Rehearsal(drafter), config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
-    shadow = ShadowScorer(network.read_out, head, costs, config.del_shadow_budget, device, by_clock)
+    heads = drafter.head, drafter.whole_head
+    shadow = ShadowScorer(network.read_out, *heads, costs, config.del_shadow_budget, device, by_clock)
 
     def build() -> DynamicPolicy:
         planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None

@@ -22,14 +22,16 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_del.config import DelConfig
 from vllm_del.draft.clock import Late
-from vllm_del.draft.decide import DynamicPolicy, FixedPolicy, Verified
+from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
 from vllm_del.draft.loop import DraftRows, Drafts, Forward, Plan, draft, eager
 from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.upload import upload
+from vllm_del.draft.verified import Verified
 from vllm_del.engine.compiled import compiled_segments
+from vllm_del.engine.draft_head import make_draft_head, make_vocabulary
 from vllm_del.engine.graphs import DraftGraphs
-from vllm_del.engine.head import make_head
+from vllm_del.engine.head import make_whole_head
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
@@ -72,7 +74,9 @@ class DelSpeculator(DraftModelSpeculator):
         assert isinstance(config, DelConfig)
         self.model = self.load_draft_model(target_model, set())
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        self.head = make_head(target_model)
+        self.vocabulary = make_vocabulary(self.vllm_config, self.device)
+        self.whole_head = make_whole_head(target_model)
+        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, self.vocabulary)
         # Until costs are measured: vLLM warms up with requests that it makes up.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_steps)
         self.draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
@@ -163,9 +167,12 @@ class DelSpeculator(DraftModelSpeculator):
             plan = Plan.uniform(num_padded, len(self.segments) - 1, num_steps, self.device)
         else:
             slots = self.slots_of.of(input_batch.req_ids)
-            if isinstance(self.policy, DynamicPolicy):
+            if self.vocabulary is not None or isinstance(self.policy, DynamicPolicy):
                 verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
-                self.policy.observe(slots, verified)
+                if self.vocabulary is not None:
+                    self.vocabulary.observe(verified)
+                if isinstance(self.policy, DynamicPolicy):
+                    self.policy.observe(slots, verified)
             plan = self._plan(input_batch, slots, num_steps, sampled)
             if sync is not None:
                 # Every rank runs as much as any of them may.

@@ -46,6 +46,9 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
         if value > 1:
             yield f"{field}={value}: set it to 1 (tensor parallelism works)"
     config = vllm_config.speculative_config
+    if isinstance(config, DelConfig) and config.del_draft_vocab is not None and parallel.tensor_parallel_size > 1:
+        size = parallel.tensor_parallel_size
+        yield f"del_draft_vocab={config.del_draft_vocab!r} with tensor_parallel_size={size}: leave one of them out"
     by_costs = isinstance(config, DelConfig) and config.is_dynamic and config.del_objective == "goodput"
     if parallel.data_parallel_size > 1 and model.is_moe and by_costs:
         # Every forward of such a model is one of all replicas: none may measure more, or draft deeper, than the others.

@@ -1,7 +1,7 @@
 """What drafting is going to bring, from measured costs and acceptance rates: the planner asked without serving."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +43,8 @@ class ExitProfile:
     agreement: float
     confidence_right: float
     confidence_wrong: float
+    # the agreement through all of the model's head, if drafts go through less of it
+    whole_head: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Profile:
     context: int
     exits: list[ExitProfile]
     costs: MeasuredCosts
+    # fields of the configuration that say which head drafts go through
+    head: dict[str, str | int] = field(default_factory=dict)
 
     def predictions(self, batches: Sequence[int]) -> list[Prediction]:
         """The best plan for each batch size."""
@@ -72,6 +76,7 @@ class Profile:
             "method": "del",
             "num_speculative_tokens": max(found.length for found in drafting),
             "del_exit_layers": sorted({found.depth for found in drafting}),
+            **self.head,
         }
 
 
