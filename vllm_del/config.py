@@ -71,7 +71,7 @@ def read_tokens(file: str, num_tokens: int) -> list[int]:
     name = f"del_draft_vocab={file!r}"
     try:
         if file.endswith(".pt"):
-            loaded = torch.load(file, weights_only=True)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
             tokens = loaded.tolist() if isinstance(loaded, torch.Tensor) else loaded
         else:
             tokens = json.loads(Path(file).read_text())

@@ -8,6 +8,7 @@ the way. What is not asked for, as it is None, is not compiled in.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -43,35 +44,11 @@ _SMALL = tl.constexpr(SMALL)
 _SMALLEST = tl.constexpr(SMALLEST)
 
 
-def exit_head(
-    states: torch.Tensor,
-    weight: torch.Tensor,
-    norm_weight: torch.Tensor | None = None,
-    epsilon: float = 1e-6,
-    soft_cap: float | None = None,
-    logit_scale: float = 1.0,
-    row_scales: torch.Tensor | None = None,
-    shortlist: torch.Tensor | None = None,
-    first_token: int = 0,
-    temperature: torch.Tensor | None = None,
-    seeds: torch.Tensor | None = None,
-) -> HeadTokens:
+def exit_head(states: torch.Tensor, weight: torch.Tensor, **options: Any) -> HeadTokens:
     """See the reference. Accumulates in float32; with a norm, rounds its result to the type of `states`."""
     merged = _empty(len(states), device=states.device)
     if len(states):
-        parts = sweep(
-            states,
-            weight,
-            norm_weight,
-            epsilon,
-            soft_cap,
-            logit_scale,
-            row_scales,
-            shortlist,
-            first_token,
-            temperature,
-            seeds,
-        )
+        parts = sweep(states, weight, **options)
         number = len(parts.token)
         _merge_parts[(len(states),)](*parts, *merged, number, len(states), PARTS=triton.next_power_of_2(number))
     return merged
@@ -90,7 +67,7 @@ def sweep(
     temperature: torch.Tensor | None = None,
     seeds: torch.Tensor | None = None,
 ) -> HeadTokens:
-    """As `exit_head`, of at least one row: what each part of the vocabulary says, [parts, rows] each."""
+    """What each part of the vocabulary says of one row or more, [parts, rows] each; with the options of `exit_head`."""
     num_rows, hidden_size = states.shape
     vocabulary = len(weight) if shortlist is None else len(shortlist)
     rows = min(MOST_ROWS, max(ROWS, triton.next_power_of_2(num_rows)))
@@ -127,8 +104,9 @@ def sweep(
 
 
 def _empty(*shape: int, device: torch.device) -> HeadTokens:
+    # Each of its own: Triton compiles apart for what does not begin at 16 bytes, as parts of one tensor would.
     token = torch.empty(shape, dtype=torch.int64, device=device)
-    return HeadTokens(token, *torch.empty(3, *shape, dtype=torch.float32, device=device))
+    return HeadTokens(token, *(torch.empty(shape, dtype=torch.float32, device=device) for _ in range(3)))
 
 
 @cache

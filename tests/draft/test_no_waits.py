@@ -1,5 +1,6 @@
 """On a GPU the host never waits for the device while it observes and plans."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_del.draft.clock import Stopwatch
 from vllm_del.draft.decide import DynamicPolicy
-from vllm_del.draft.head import LogitsHead
+from vllm_del.draft.head import LogitsHead, quantise
 from vllm_del.draft.loop import Drafts, Launched
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.draft.verified import Verified
@@ -75,6 +76,8 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
     limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 50)
     launched = Launched([(ROWS, 1)] * LENGTH, 0.1)
     watch, vocabulary = Watch(), DraftVocabulary(HIDDEN // 2, HIDDEN, CPU)
+    copy = torch.empty(HIDDEN // 2, HIDDEN, dtype=torch.float8_e4m3fn), torch.empty(HIDDEN // 2)
+    vocabulary.follow(partial(quantise, torch.rand(HIDDEN, HIDDEN), vocabulary.tokens, *copy))
     for _ in range(2 * FIRST // ROWS):
         with watch:
             vocabulary.observe(verified)

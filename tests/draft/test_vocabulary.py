@@ -3,12 +3,10 @@
 from collections import Counter
 from itertools import chain
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_del.draft import vocabulary as module
 from vllm_del.draft.verified import Verified
 from vllm_del.draft.vocabulary import DraftVocabulary
 
@@ -61,13 +59,12 @@ def test_the_first_tokens_before_any_is_known() -> None:
     assert DraftVocabulary(4, TOKENS, CPU).tokens.tolist() == [0, 1, 2, 3]
 
 
-def test_listed_by_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stays what it is, in order."""
-    monkeypatch.setattr(module, "FIRST", 1)
+def test_listed_by_a_user() -> None:
+    """In order, and there is nothing to count."""
     vocabulary = DraftVocabulary([30, 2, 40], TOKENS, CPU)
-    for _ in range(9):
-        vocabulary.observe(verified(([], 0, 9, True)))
     assert vocabulary.tokens.tolist() == [2, 30, 40]
+    assert not vocabulary.is_counted
+    assert DraftVocabulary(3, TOKENS, CPU).is_counted
 
 
 @given(st.lists(st.integers(0, TOKENS - 1), min_size=1, max_size=60), st.integers(1, TOKENS - 1))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 def _head(model: str, spec: dict[str, Any]) -> tuple[str, Any]:
     drafter = drafter_of(engines._engine(model, spec, {}))
-    return str(drafter.head), drafter.vocabulary and drafter.vocabulary.tokens.tolist()
+    return str(drafter.head), drafter.counted and drafter.counted.tokens.tolist()
 
 
 def _list_after(rounds: int) -> None:

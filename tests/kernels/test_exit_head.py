@@ -71,6 +71,25 @@ def test_half_precision(on_triton: OnTriton, dtype: torch.dtype, norm: bool) -> 
     on_triton(check_close, numbers(9, 72, dtype=dtype), numbers(333, 72, seed=1, dtype=dtype), options)
 
 
+def check_in_every_shape(device: str, rows: int) -> None:
+    from vllm_del.kernels.exit_head import triton
+
+    kept = triton.SHAPES[:], triton._read_part_tuned.configs
+    assert len(kept[0]) > 1
+    try:
+        for shape in kept[0]:
+            triton.SHAPES[:] = triton._read_part_tuned.configs = [shape]
+            check_equal(device, numbers(rows, 72), numbers(333, 72, seed=1), {})
+    finally:
+        triton.SHAPES[:], triton._read_part_tuned.configs = kept
+
+
+@pytest.mark.parametrize("rows", [9, 100])
+def test_every_shape_of_block(on_triton: OnTriton, rows: int) -> None:
+    """Whichever is measured to be best on a GPU."""
+    on_triton(check_in_every_shape, rows)
+
+
 def test_no_rows(on_triton: OnTriton) -> None:
     on_triton(check_equal, numbers(0, 16), numbers(70, 16), {})
 

@@ -45,7 +45,7 @@ def test_v2(vllm_config, monkeypatch):
     seen = drafted_length(vllm_del.engine.speculator, monkeypatch)
     speculator = vllm_del.engine.speculator.DelSpeculator(vllm_config, CPU)
     speculator.segments, speculator.head, speculator.policy = [], None, FixedPolicy(4)
-    speculator.vocabulary = None
+    speculator.counted = None
     vllm_config.model_config.max_model_len = FITTED  # as GPUWorker.update_max_model_len does
 
     lengths = torch.tensor([3, 4], dtype=torch.int32)
@@ -81,7 +81,7 @@ def test_v1(vllm_config, monkeypatch):
         proposer = object.__new__(vllm_del.engine.proposer.DelProposer)
         proposer.__init__(vllm_config, CPU, runner)
     proposer.segments, proposer.head, proposer.policy = [], None, FixedPolicy(4)
-    proposer.vocabulary = None
+    proposer.counted = None
     proposer._draft_attn_layer_names = set()
     proposer.initialize_attn_backend(KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=[]))
     proposer.initialize_cudagraph_keys(CUDAGraphMode.NONE)

@@ -13,7 +13,7 @@ DEFAULT = [1, 2, 4, *range(8, 257, 8)]
 
 
 def test_vllms_own_sizes() -> None:
-    assert thinned(DEFAULT) == [1, 2, 4, 8, 16, 24, 32, 40, 56, 72, 96, 120, 152, 192, 240, 256]
+    assert thinned(DEFAULT) == [1, 2, 4, 8, 16, 24, 32, 40, 56, 64, 80, 104, 128, 160, 200, 256]
 
 
 @pytest.mark.parametrize("sizes", [[], [3], [1, 2], [100, 101]])
@@ -27,6 +27,8 @@ def test_any_sizes(sizes: list[int]) -> None:
     assert set(kept) <= set(sizes)
     assert kept[0] == sizes[0]
     assert kept[-1] == sizes[-1]
-    assert all(b >= SPARSE * a for a, b in pairwise(kept[:-1]))
+    powers = {2**i for i in range(10)}
+    assert powers & set(sizes) <= set(kept)
+    assert all(b >= SPARSE * a or b in powers for a, b in pairwise(kept[:-1]))
     # What is left out has one that is kept a little below it.
     assert all(any(a <= size < SPARSE * a for a in kept) for size in set(sizes) - set(kept))

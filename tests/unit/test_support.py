@@ -60,6 +60,16 @@ def test_a_draft_vocabulary_on_several_ranks(engine_config):
     assert_one_problem(error.value, ["del_draft_vocab=64 with tensor_parallel_size=2"])
 
 
+@pytest.mark.parametrize("field", [{"del_draft_vocab": 64}, {"del_draft_head": "fp8"}])
+def test_copies_beside_weights_that_are_put_away(field, engine_config, monkeypatch):
+    monkeypatch.setattr("vllm.platforms.cpu.CpuPlatform.is_sleep_mode_available", lambda self: True)
+    engine_config(speculative_config="del", enable_sleep_mode=True)
+    with pytest.raises(ValueError, match="cannot serve this configuration") as error:
+        engine_config(speculative_config={"method": "del", **field}, enable_sleep_mode=True)
+    ((name, value),) = field.items()
+    assert_one_problem(error.value, [f"{name}={value!r} with enable_sleep_mode=True"])
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

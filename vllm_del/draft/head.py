@@ -151,5 +151,5 @@ def quantise(
         rows[part] = wide / scales[part].unsqueeze(1)
 
 
-AT_ONCE = 4096
-"""Rows that are quantised together."""
+AT_ONCE = 512
+"""Rows that are quantised together, also while serving: in float32 some MiB."""

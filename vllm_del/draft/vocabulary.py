@@ -33,7 +33,7 @@ class DraftVocabulary:
         num_tokens: int,
         device: torch.device,
     ) -> None:
-        self._is_counted = isinstance(listed, int)
+        self.is_counted = isinstance(listed, int)
         self.tokens = torch.tensor(range(listed) if isinstance(listed, int) else sorted(set(listed)), device=device)
         self._counts = torch.zeros(num_tokens, device=device)
         # Less than any count that has not faded away.
@@ -47,10 +47,8 @@ class DraftVocabulary:
         renew()
 
     def observe(self, verified: Verified) -> None:
-        """Count what was generated, if tokens are counted. When they are listed anew the host knows by itself: it waits
-        for nothing."""
-        if not self._is_counted:
-            return
+        """Count what was generated, where tokens are counted. When they are listed anew the host knows by itself: it
+        waits for nothing."""
         step = torch.arange(verified.longest + 1, device=self.tokens.device)
         accepted = verified.accepted.unsqueeze(1)
         # What is not counted may lie anywhere.

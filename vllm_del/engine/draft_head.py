@@ -41,26 +41,36 @@ def make_draft_head(
     """
     config, plain = vllm_config.speculative_config, plain_head(target)
     assert isinstance(config, DelConfig)
-    fused = whole.plain if isinstance(whole, FusedHead) else None
+    fused = isinstance(whole, FusedHead)
+    ready = fused and plain is not None and _has_fp8(plain)
     fp8 = config.del_draft_head == "fp8"
-    if config.del_draft_head == "auto" and fused is not None and fused.weight.is_cuda and _has_fp8(fused):
-        copied = len(fused.weight) if vocabulary is None else len(vocabulary.tokens)
-        fp8 = copied * fused.weight.shape[1] <= SMALL_COPY * _bytes(target)
+    if config.del_draft_head == "auto" and ready and not vllm_config.model_config.enable_sleep_mode:
+        # By what is the same on every rank.
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        rows = -(-vllm_config.model_config.get_vocab_size() // ranks) if vocabulary is None else len(vocabulary.tokens)
+        target_bytes = sum(weight.numel() * weight.element_size() for weight in target.parameters())
+        fp8 = current_platform.is_cuda() and is_small(rows * vllm_config.model_config.get_hidden_size(), target_bytes)
     if not fp8 and vocabulary is None:
         return whole
     wanted = f"del_draft_head={config.del_draft_head!r}" if fp8 else f"del_draft_vocab={config.del_draft_vocab!r}"
-    if fp8 and (plain is None or not _has_fp8(plain)):
+    # A kernel that does not say what the target says has found that out already.
+    if plain is None or not (fused or (not runs_triton(plain.weight) and _is_all(plain, target))):
+        raise ValueError(f"{wanted}: the LM head of {type(target).__name__} is not a plain matrix; leave it out")
+    if fp8 and not ready:
         needed = f"a GPU of compute capability {FP8_CAPABILITY / 10} or more"
         raise ValueError(f"{wanted}: an LM head in FP8 needs {needed}; leave it out")
-    if plain is None or (fused is None and (runs_triton(plain.weight) or not _is_all(plain, target))):
-        raise ValueError(f"{wanted}: the LM head of {type(target).__name__} is not a plain matrix; leave it out")
     if fp8:
         head = _in_fp8(plain, vocabulary)
     else:
         assert vocabulary is not None
-        head = _copied(plain, vocabulary) if fused is None else FusedHead(plain, shortlist=vocabulary.tokens)
+        head = FusedHead(plain, shortlist=vocabulary.tokens) if fused else _copied(plain, vocabulary)
     try_out(head, plain.weight)
     return head
+
+
+def is_small(copy_bytes: int, target_bytes: int) -> bool:
+    """Whether a copy is worth its memory unasked."""
+    return copy_bytes <= SMALL_COPY * target_bytes
 
 
 def _is_all(plain: PlainHead, target: nn.Module) -> bool:
@@ -101,7 +111,3 @@ def _has_fp8(plain: PlainHead) -> bool:
     """Whether the kernel reads FP8 there; its interpreter does."""
     is_new = current_platform.is_cuda() and current_platform.has_device_capability(FP8_CAPABILITY)
     return is_new if plain.weight.is_cuda else runs_triton(plain.weight)
-
-
-def _bytes(target: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in target.parameters())

@@ -34,8 +34,8 @@ from vllm_del.kernels.exit_rows import exit_rows
 logger = init_logger(f"vllm.{__name__}")
 
 SPARSE = 1.25
-"""Each size of batch that is recorded is so many times the one before it, as what waits for weights costs little more
-for a few rows more. vLLM's own sizes are up to four times as many, and we record each in stages."""
+"""Each size of batch that is recorded is so many times the one before it, but powers of two are all: what waits for
+weights costs little more for a few rows more. vLLM's own sizes are twice as many, and we record each in stages."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ class DraftGraphs(CudaGraphManager):
 
 
 def thinned(sizes: Sequence[int]) -> list[int]:
-    """Of ascending sizes those that `SPARSE` leaves, and the largest."""
+    """Of ascending sizes those that `SPARSE` leaves, and powers of two, and the largest."""
     kept: list[int] = []
     for size in sizes:
-        if not kept or size >= SPARSE * kept[-1] or size == sizes[-1]:
+        if not kept or size >= SPARSE * kept[-1] or size & (size - 1) == 0 or size == sizes[-1]:
             kept.append(size)
     return kept

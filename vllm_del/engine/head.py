@@ -1,15 +1,19 @@
 """The LM head as a draft head: fused where its weight is plain and Triton runs, else through the target's logits."""
 
+import time
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from vllm_del.draft.head import FusedHead, Head, LogitsHead, PlainHead
 from vllm_del.kernels.backend import runs_triton
+
+logger = init_logger(f"vllm.{__name__}")
 
 TRIED_ROWS = 1, 17, 33, 65
 """Rows of a batch for each way that kernels are compiled: not to be compiled, or tuned, while serving."""
@@ -66,10 +70,12 @@ def try_out(
     weight: torch.Tensor,
 ) -> None:
     """Have everything compiled that `head` may launch in service."""
+    begin = time.perf_counter()
     for rows in TRIED_ROWS:
         states = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
         token, _ = head(states)
         head.agree(states, token)
+    logger.info_once("del: %s made ready in %.1f s", head, time.perf_counter() - begin)
 
 
 @torch.inference_mode()

@@ -23,7 +23,6 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
-from vllm_del.config import DelConfig
 from vllm_del.draft.decide import DynamicPolicy
 from vllm_del.draft.verified import Verified
 from vllm_del.engine.rehearsal import Rehearsal
@@ -44,7 +43,7 @@ LONGEST_SECONDS = 6.0
 
 def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
     """The costs of this model here: saved ones, else measured now and saved."""
-    saved = _path(vllm_config)
+    saved = _path(vllm_config, rehearsal.head_text)
     measured = None
     try:
         measured = MeasuredCosts.from_json(saved.read_text())
@@ -196,16 +195,13 @@ def _seconds(run: Callable[[], None], before: Callable[[], None] = lambda: None)
     return min(timed() for _ in range(max(fewest, min(most, int(SECONDS_EACH / max(first, 1e-9))))))
 
 
-def _path(vllm_config: VllmConfig) -> Path:
+def _path(vllm_config: VllmConfig, head: str) -> Path:
     """Where the costs are saved: another model, dtype, setting, machine or version has another file."""
-    config = vllm_config.speculative_config
-    assert isinstance(config, DelConfig)
     parts = (
         FORMAT,
         vllm_config.compute_hash(),
-        config.num_speculative_tokens,
-        config.del_draft_vocab,
-        config.del_draft_head,
+        vllm_config.num_speculative_tokens,
+        head,
         vllm_config.use_v2_model_runner,
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.scheduler_config.max_num_batched_tokens,

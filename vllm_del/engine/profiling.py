@@ -49,6 +49,8 @@ def profile(
         """Tokens generated, the contexts they were generated in, and by exit what `_take` gives."""
         tokens = contexts = 0
         totals = [[0.0] * 4 for _ in asked]
+        # What is cached of a prompt is not asked again.
+        llm.reset_prefix_cache()
         for start in range(0, len(prompts), batch):
             outputs = llm.generate(list(prompts[start : start + batch]), params, use_tqdm=False)
             for output in outputs:

@@ -57,9 +57,10 @@ class DelProposer(DraftModelProposer):
         assert isinstance(config, DelConfig)
         self.model = EarlyExitNetwork.from_target(target_model)
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        self.vocabulary = make_vocabulary(self.vllm_config, self.device)
+        vocabulary = make_vocabulary(self.vllm_config, self.device)
         self.whole_head = make_whole_head(target_model)
-        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, self.vocabulary)
+        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, vocabulary)
+        self.counted = vocabulary if vocabulary is not None and vocabulary.is_counted else None
         # Until costs are measured.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_tokens)
         self._draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
@@ -163,7 +164,7 @@ class DelProposer(DraftModelProposer):
         sampled = ~unfinished
         request_ids = self.runner.input_batch.req_ids
         slots = self.slots_of.of(request_ids)
-        if self.vocabulary is not None or isinstance(self.policy, DynamicPolicy):
+        if self.counted is not None or isinstance(self.policy, DynamicPolicy):
             verified = self._verified(
                 common_attn_metadata,
                 drafted,
@@ -173,8 +174,8 @@ class DelProposer(DraftModelProposer):
                 target_hidden_states,
                 next_token_ids,
             )
-            if self.vocabulary is not None:
-                self.vocabulary.observe(verified)
+            if self.counted is not None:
+                self.counted.observe(verified)
             if isinstance(self.policy, DynamicPolicy):
                 self.policy.observe(slots, verified)
         most = [self.allowance.longest.get(request, num_speculative_tokens) for request in request_ids]

@@ -43,6 +43,7 @@ class Rehearsal:
     def __init__(self, performer: Performer) -> None:
         self._performer = performer
         self._device = performer.device
+        self.head_text = str(performer.head)
         config = performer.vllm_config
         self._model = config.model_config
         max_model_len = self._model.max_model_len

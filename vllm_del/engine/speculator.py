@@ -74,9 +74,10 @@ class DelSpeculator(DraftModelSpeculator):
         assert isinstance(config, DelConfig)
         self.model = self.load_draft_model(target_model, set())
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        self.vocabulary = make_vocabulary(self.vllm_config, self.device)
+        vocabulary = make_vocabulary(self.vllm_config, self.device)
         self.whole_head = make_whole_head(target_model)
-        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, self.vocabulary)
+        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, vocabulary)
+        self.counted = vocabulary if vocabulary is not None and vocabulary.is_counted else None
         # Until costs are measured: vLLM warms up with requests that it makes up.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_steps)
         self.draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])
@@ -167,10 +168,10 @@ class DelSpeculator(DraftModelSpeculator):
             plan = Plan.uniform(num_padded, len(self.segments) - 1, num_steps, self.device)
         else:
             slots = self.slots_of.of(input_batch.req_ids)
-            if self.vocabulary is not None or isinstance(self.policy, DynamicPolicy):
+            if self.counted is not None or isinstance(self.policy, DynamicPolicy):
                 verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
-                if self.vocabulary is not None:
-                    self.vocabulary.observe(verified)
+                if self.counted is not None:
+                    self.counted.observe(verified)
                 if isinstance(self.policy, DynamicPolicy):
                     self.policy.observe(slots, verified)
             plan = self._plan(input_batch, slots, num_steps, sampled)

@@ -49,6 +49,11 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
     if isinstance(config, DelConfig) and config.del_draft_vocab is not None and parallel.tensor_parallel_size > 1:
         size = parallel.tensor_parallel_size
         yield f"del_draft_vocab={config.del_draft_vocab!r} with tensor_parallel_size={size}: leave one of them out"
+    if isinstance(config, DelConfig) and model.enable_sleep_mode:
+        # What lies beside the weights is gone after a deep sleep.
+        for field, value in (("del_draft_vocab", config.del_draft_vocab), ("del_draft_head", config.del_draft_head)):
+            if value not in (None, "auto", "model"):
+                yield f"{field}={value!r} with enable_sleep_mode=True: leave one of them out"
     by_costs = isinstance(config, DelConfig) and config.is_dynamic and config.del_objective == "goodput"
     if parallel.data_parallel_size > 1 and model.is_moe and by_costs:
         # Every forward of such a model is one of all replicas: none may measure more, or draft deeper, than the others.
