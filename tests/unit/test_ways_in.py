@@ -63,7 +63,11 @@ def command_line(models: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize("args_class", [EngineArgs, AsyncEngineArgs])
 @pytest.mark.parametrize(
     ("arguments", "fields"),
-    [(line, PLAIN) for line in PLAIN_ARGUMENTS] + [(line, DETAILED) for line in DETAILED_ARGUMENTS],
+    [
+        *((line, PLAIN) for line in PLAIN_ARGUMENTS),
+        *((line, DETAILED) for line in DETAILED_ARGUMENTS),
+        ("--spec-method del --speculative-config.del_draft_vocab 64", {"method": "del", "del_draft_vocab": 64}),
+    ],
 )
 def test_command_line(arguments, fields, args_class, command_line, engine_args):
     parsed = parse(command_line + arguments.split(), args_class)
