@@ -1,6 +1,8 @@
 """On a GPU the host never waits for the device while it observes and plans."""
 
+import traceback
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,12 +31,21 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in WAITING:
             self.seen.append(name)
+            self.places.append(_place())
         return func(*args, **(kwargs or {}))
+
+
+def _place() -> str:
+    """The innermost function of ours or vLLM's that runs now, as file:function."""
+    stack = traceback.extract_stack()
+    frames = [frame for frame in stack if "/vllm" in frame.filename and "/tests/" not in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else ""
 
 
 def policy(objective: str) -> DynamicPolicy:
