@@ -40,7 +40,10 @@ def test_committed_model_is_small_and_of_the_promised_form() -> None:
 
 @torch.inference_mode()
 def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
-    """Loss and agreement with the last layer on the held-out files of the standard library, as the card states them."""
+    """Loss and agreement with the last layer on held-out files of the standard library, as the card states them.
+
+    More or less: other Pythons have other files, some distributions a quarter of them.
+    """
     card = (DEMO_MODEL / "README.md").read_text()
     rows = [list(map(float, row)) for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|", card, re.MULTILINE)]
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
@@ -49,11 +52,12 @@ def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
 
     _, held_out = read_corpus(0)
     ids = torch.cat([tokenizer(text, return_tensors="pt").input_ids[0] for text in held_out])
-    windows = ids[: 32 * 512].view(32, 512)
+    windows = ids[: len(ids) // 512 * 512].view(-1, 512)
+    windows = windows[torch.linspace(0, len(windows) - 1, 32).long()]
     states = model.model(windows, output_hidden_states=True).hidden_states
     final = model.lm_head(states[-1])
     loss = torch.nn.functional.cross_entropy(final[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).item()
-    assert loss < 1.25 * rows[-1][1]
+    assert loss < 1.4 * rows[-1][1]
 
     for depth, _, stated in rows[:-1]:
         choice = model.lm_head(model.model.norm(states[int(depth)])).argmax(-1)
