@@ -25,17 +25,16 @@ def _head(model: str, spec: dict[str, Any]) -> tuple[str, Any]:
     return str(drafter.head), drafter.counted and drafter.counted.tokens.tolist()
 
 
-def _list_after(rounds: int) -> None:
-    from vllm_del.draft import vocabulary
-
-    vocabulary.FIRST = rounds
+def _list_soon(model: str, spec: dict[str, Any]) -> None:
+    """In the engine's process: have its tokens listed after a hundred rounds of a sequence."""
+    drafter_of(engines._engine(model, spec, {})).counted._left = 100
 
 
 @pytest.mark.parametrize("policy", [DYNAMIC, FIXED], ids=["dynamic", "fixed"])
 def test_counted_tokens(host: Host, checkpoints: Path, policy: dict[str, Any]) -> None:
     """After some rounds drafts are of those that were generated most often."""
     model, spec = checkpoint(checkpoints, "llama"), {**policy, "del_draft_vocab": SIZE}
-    host.call(_list_after, 100)
+    host.call(_list_soon, model, spec)
     expected = host.generate(model, PROMPTS, GREEDY)
     label, before = host.call(_head, model, spec)
     assert label == {"v1": "LM head", "v2": "fused LM head"}[host.runner] + f" over {SIZE} tokens"

@@ -61,4 +61,5 @@ def _watch(model: str, spec: dict[str, Any]) -> None:
 
 def _seen(model: str, spec: dict[str, Any]) -> tuple[int, Counter[str]]:
     drafter = drafter_of(engines._engine(model, spec, ENGINE))
+    del drafter.propose
     return drafter.rounds, Counter(drafter.watch.places)
