@@ -4,6 +4,8 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+from tests.engine.quick_interpreter import make_it_quick
+
 
 class _NoDriver:
     """Stands where a driver would: the interpreter needs none."""
@@ -19,48 +21,9 @@ def use_triton_interpreter() -> None:
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(compiler=None, driver=_NoDriver)
-    _patch_the_language_once()
-    _check_no_sums()
-    _name_types_once()
+    make_it_quick()
     _multiply_bfloat16()
-
-
-def _patch_the_language_once() -> None:
-    """Half of the interpreter's time goes into replacing `tl`'s functions anew at each call of a device function."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_unless_patched(function: Any) -> Any:
-        modules = [tl] * ("tl" in function.__globals__) + [tl.core] * ("core" in function.__globals__)
-        if modules and not any(tl.core.is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
-        return patch(function)
-
-    interpreter._patch_lang = patch_unless_patched
-
-
-def _check_no_sums() -> None:
-    """A third of its time goes into whether whole numbers overflow: compiled kernels are not asked that either."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    object.__setattr__(interpreter_builder.options, "sanitize_overflow", False)
-
-
-def _name_types_once() -> None:
-    """A tenth goes into a table of all types, made anew whenever one is looked up."""
-    from triton.runtime import interpreter
-
-    look_up, known = interpreter._get_np_dtype, {}
-
-    def look_up_once(dtype: Any) -> Any:
-        name = str(dtype.scalar)
-        if name not in known:
-            known[name] = look_up(dtype)
-        return known[name]
-
-    interpreter._get_np_dtype = look_up_once
+    _take_any_mask()
 
 
 def _multiply_bfloat16() -> None:
@@ -80,6 +43,19 @@ def _multiply_bfloat16() -> None:
         return multiply(self, widened(a), widened(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def _take_any_mask() -> None:
+    """The interpreter may hold what is true or false as whole numbers, and then takes them for no mask."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store = InterpreterBuilder.create_masked_store
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_store = create_masked_store
 
 
 def allow_triton_attention() -> None:

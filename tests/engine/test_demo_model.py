@@ -55,12 +55,8 @@ def _is_compiled(options: dict[str, Any]) -> bool:
     return all(segment.compiled for segment in drafter_of(engine).segments)
 
 
-@pytest.mark.parametrize("host", ["v1"], indirect=True)
 def test_structured_output(host: Host) -> None:
-    """A grammar forbids some drafts; vLLM drops those, and the rest is as without speculation.
-
-    V1 alone: Triton's interpreter cannot run the kernel that masks logits by a grammar.
-    """
+    """A grammar forbids some drafts; vLLM drops those, and the rest is as without speculation."""
     sampling = {**GREEDY, "ignore_eos": False, "max_tokens": 40}
     off, on = (host.call(_matching, r"[a-z_]+\([a-z]+, [0-9]{2,4}\)", sampling, spec) for spec in (None, "del"))
     assert on[0] == off[0]

@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm_del.config import DelConfig, read_tokens
 from vllm_del.draft.head import FusedHead, Head, LogitsHead, PlainHead, RenamedHead, quantise
 from vllm_del.draft.vocabulary import DraftVocabulary
-from vllm_del.engine.head import agrees, plain_head, try_out
+from vllm_del.engine.head import agrees, make_whole_head, plain_head, try_out
 from vllm_del.kernels.backend import runs_triton
 
 FP8_CAPABILITY = 89
@@ -22,7 +22,19 @@ SMALL_COPY = 0.01
 """Of the target's memory, the most that a copy takes which nobody asked for."""
 
 
-def make_vocabulary(vllm_config: VllmConfig, device: torch.device) -> DraftVocabulary | None:
+def make_heads(
+    vllm_config: VllmConfig, target: nn.Module, device: torch.device
+) -> tuple[Head, Head, DraftVocabulary | None]:
+    """All of the target's head, what drafts go through of it, and the draft vocabulary if it is counted while serving.
+
+    Raises `ValueError` if the target's head, or the machine, is not one for what the configuration wants.
+    """
+    whole, vocabulary = make_whole_head(target), _vocabulary(vllm_config, device)
+    head = _draft_head(vllm_config, target, whole, vocabulary)
+    return whole, head, vocabulary if vocabulary is not None and vocabulary.is_counted else None
+
+
+def _vocabulary(vllm_config: VllmConfig, device: torch.device) -> DraftVocabulary | None:
     """The tokens that drafts are made of, if these are not all."""
     config, num_tokens = vllm_config.speculative_config, vllm_config.model_config.get_vocab_size()
     assert isinstance(config, DelConfig)
@@ -32,13 +44,10 @@ def make_vocabulary(vllm_config: VllmConfig, device: torch.device) -> DraftVocab
     return DraftVocabulary(read_tokens(listed, num_tokens) if isinstance(listed, str) else listed, num_tokens, device)
 
 
-def make_draft_head(
+def _draft_head(
     vllm_config: VllmConfig, target: nn.Module, whole: FusedHead | LogitsHead, vocabulary: DraftVocabulary | None
 ) -> Head:
-    """`whole`, or of it what the configuration wants.
-
-    Raises `ValueError` if the target's head, or the machine, is not one for that.
-    """
+    """`whole`, or of it what the configuration wants."""
     config, plain = vllm_config.speculative_config, plain_head(target)
     assert isinstance(config, DelConfig)
     fused = isinstance(whole, FusedHead)

@@ -25,8 +25,7 @@ from vllm_del.draft.network import EarlyExitNetwork
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.verified import Verified
 from vllm_del.engine.compiled import compiled_segments
-from vllm_del.engine.draft_head import make_draft_head, make_vocabulary
-from vllm_del.engine.head import make_whole_head
+from vllm_del.engine.draft_head import make_heads
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
@@ -57,10 +56,7 @@ class DelProposer(DraftModelProposer):
         assert isinstance(config, DelConfig)
         self.model = EarlyExitNetwork.from_target(target_model)
         self.segments = compiled_segments(self.vllm_config, self.model, config.exits)
-        vocabulary = make_vocabulary(self.vllm_config, self.device)
-        self.whole_head = make_whole_head(target_model)
-        self.head = make_draft_head(self.vllm_config, target_model, self.whole_head, vocabulary)
-        self.counted = vocabulary if vocabulary is not None and vocabulary.is_counted else None
+        self.whole_head, self.head, self.counted = make_heads(self.vllm_config, target_model, self.device)
         # Until costs are measured.
         self.policy: FixedPolicy | DynamicPolicy = FixedPolicy(self.num_speculative_tokens)
         self._draft_attn_layer_names = early_attention_layers(self.model, config.exits[-1])

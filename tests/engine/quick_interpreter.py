@@ -1,0 +1,165 @@
+"""Triton's interpreter, some four times faster, so that all of Model Runner V2 can be tested in it.
+
+Nearly all of its time goes into the types and shapes of what it computes, which it finds out anew in every operation of
+every program of a grid. Here they are found out once, and what is no operation at all, as to broadcast two operands of
+one shape, is not gone through. What is computed stays the same: tests/kernels runs in it too.
+"""
+
+import math
+from typing import Any
+
+
+def make_it_quick() -> None:
+    """Call in a process that interprets Triton, before any kernel is."""
+    _patch_the_language_once()
+    _call_builtins_directly()
+    _make_block_types_once()
+    _make_tensors_of_known_shapes()
+    _leave_equal_types_alone()
+    _name_types_once()
+    _check_no_sizes()
+
+
+def _patch_the_language_once() -> None:
+    """It replaces `tl`'s functions anew at each call of a device function."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_patched(function: Any) -> Any:
+        modules = [tl] * ("tl" in function.__globals__) + [tl.core] * ("core" in function.__globals__)
+        if modules and not any(tl.core.is_builtin(module.load) for module in modules):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_unless_patched
+
+
+def _call_builtins_directly() -> None:
+    """Two functions lie around each one of `tl`, to say that it is called from a kernel: here it is."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    def patch_attribute(owner: Any, name: str, member: Any, _builder: Any, scope: Any) -> None:
+        function = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(owner, name, call)
+
+    interpreter._patch_attr = patch_attribute
+
+    unwrap, constexpr = core._unwrap_if_constexpr, core.constexpr
+    never = {int, float, bool, str, type(None), core.tensor, core.dtype}
+
+    def unwrap_at_a_look(value: Any) -> Any:
+        kind = type(value)
+        if kind is constexpr:
+            return value.value
+        return value if kind in never else unwrap(value)
+
+    core._unwrap_if_constexpr = unwrap_at_a_look
+
+
+def _make_block_types_once() -> None:
+    """There are few of them, and so two that are equal are the same one."""
+    from triton.language import core
+
+    block_type, initialise, to_ir = core.block_type, core.block_type.__init__, core.block_type.to_ir
+    types: dict[Any, Any] = {}
+
+    def new(cls: type, element_ty: Any, shape: Any) -> Any:
+        sizes = tuple(getattr(size, "value", size) for size in getattr(shape, "values", shape))
+        key = str(element_ty), sizes
+        if key not in types:
+            types[key] = object.__new__(cls)
+            initialise(types[key], element_ty, shape)
+        return types[key]
+
+    def to_ir_once(self: Any, builder: Any) -> Any:
+        if not hasattr(self, "known_ir"):
+            self.known_ir = to_ir(self, builder)
+        return self.known_ir
+
+    block_type.__new__ = staticmethod(new)
+    block_type.__init__ = lambda *_: None
+    block_type.to_ir = to_ir_once
+
+
+def _make_tensors_of_known_shapes() -> None:
+    """A tensor's shape is that of its type, each size wrapped anew."""
+    from triton.language import core
+
+    no_shape, one = core.tuple([]), core.constexpr(1)
+
+    def initialise(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        if not type.is_block():
+            self.shape, self.numel = no_shape, one
+            return
+        if not hasattr(type, "known_shape"):
+            sizes = [core.constexpr(size) for size in type.shape]
+            type.known_shape = core.tuple(sizes), core.constexpr(math.prod(type.shape))
+        self.shape, self.numel = type.known_shape
+
+    core.tensor.__init__ = initialise
+
+
+def _leave_equal_types_alone() -> None:
+    """Operands of one type and shape are neither cast nor broadcast."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    tensor, broadcast = core.tensor, TritonSemantic.broadcast_impl_value
+    check = TritonSemantic.binary_op_type_checking_impl
+
+    def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if one is other or not (one.is_block() or other.is_block()):
+            return lhs, rhs
+        if one.is_block() and other.is_block() and one.shape.values == other.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def check_others(
+        self: Any,
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        same = type(lhs) is tensor and type(rhs) is tensor and lhs.type is rhs.type
+        if same and not div_or_mod and not lhs.dtype.is_ptr():
+            return lhs, rhs
+        return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    TritonSemantic.broadcast_impl_value = broadcast_others
+    TritonSemantic.binary_op_type_checking_impl = check_others
+
+
+def _name_types_once() -> None:
+    """It makes a table of all types whenever one is looked up."""
+    from triton.runtime import interpreter
+
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def look_up_once(dtype: Any) -> Any:
+        name = str(dtype.scalar)
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = look_up_once
+
+
+def _check_no_sizes() -> None:
+    """Whether whole numbers overflow, compiled kernels are not asked either; and numpy's types are those looked up."""
+    from triton.runtime import interpreter
+
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+    interpreter.TensorHandle.__post_init__ = lambda self: None
