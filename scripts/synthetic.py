@@ -78,7 +78,10 @@ class Synthetic:
         )
         with torch.device("meta"):
             self.model = LlamaForCausalLM(config)
-        self.model = self.model.to(torch.bfloat16).to_empty(device=device).eval()
+        # Weights are of bfloat16. A CPU without instructions for it computes them in float32, some thirty times faster.
+        by_hardware = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        computed = torch.bfloat16 if by_hardware else torch.float32
+        self.model = self.model.to(computed).to_empty(device=device).eval()
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
         self._draw_layers()
         hidden = shape.hidden_size
@@ -102,7 +105,7 @@ class Synthetic:
                 # all of them one.
                 layer = int(name.split(".")[2])
                 gain = float(gains[layer]) if "down_proj" in name else 0.2 if "o_proj" in name else 1.0
-                weight.data.copy_(drawn * gain / weight.shape[1] ** 0.5)
+                weight.data.copy_((drawn * gain / weight.shape[1] ** 0.5).bfloat16())
 
     def _draw_head(self) -> None:
         """The head's row of a token is the direction of the token before it, and that of its own class."""
@@ -119,12 +122,12 @@ class Synthetic:
                     CLASSES.index("turning easy") + CLASSES.index("turning hard") - index
                 )
         head[:SPECIAL] = -head[SPECIAL:].mean(0)
-        self.model.lm_head.weight.data.copy_(head * (3.0 / shape.hidden_size**0.5))
+        self.model.lm_head.weight.data.copy_((head * (3.0 / shape.hidden_size**0.5)).bfloat16())
 
     def embed(self, sizes: torch.Tensor) -> None:
         """Give each token's embedding its size, [vocabulary]."""
         embedding = sizes.unsqueeze(1) * self.directions + self.identities + STAY * self.classes[self.leads_to]
-        self.model.model.embed_tokens.weight.data.copy_(embedding)
+        self.model.model.embed_tokens.weight.data.copy_(embedding.bfloat16())
 
     @torch.inference_mode()
     def agreement(self, tokens: torch.Tensor, exits: Sequence[int]) -> torch.Tensor:
@@ -189,7 +192,7 @@ def make(shape: Shape, wanted: dict[str, float], exit: int, out: Path, seed: int
         exits = sorted({1, 2, exit, exit + 2, shape.num_hidden_layers // 2, shape.num_hidden_layers - 1})
         measured[name] = dict(zip(map(str, exits), measure(synthetic, name, exits), strict=True))
     out.mkdir(parents=True, exist_ok=True)
-    synthetic.model.save_pretrained(out)
+    synthetic.model.bfloat16().save_pretrained(out)
     _tokenizer(shape.vocab_size).save_pretrained(out)
     about = {"wanted": wanted, "exit": exit, "embedding_sizes": size, "agreement_by_exit": measured, "seed": seed}
     (out / "synthetic.json").write_text(json.dumps(about, indent=1))

@@ -33,6 +33,7 @@ MORE_ON_V1 = ["llama-tied", "mistral-sliding", "qwen2", "qwen3", "mixtral", "phi
         *(("v1", architecture, 2, 3) for architecture in MORE_ON_V1),
     ],
     indirect=["host"],
+    scope="session",  # as one argument is not the fixture's, it would be made anew for each test
 )
 def test_drafts_are_those_of_the_truncated_model(
     host: Host, checkpoints: Path, architecture: str, exit_layer: int, num_tokens: int

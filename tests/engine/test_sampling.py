@@ -17,7 +17,7 @@ from tests.engine.host import Host
 # V2 runs in Triton's interpreter here, some hundred times slower: fewer outcomes to tell apart, from fewer samples.
 VOCAB = {"v1": 8, "v2": 4}
 LENGTH = {"v1": 3, "v2": 2}
-SAMPLES = {"v1": 24_000, "v2": 4_000}
+SAMPLES = {"v1": 8_000, "v2": 3_000}
 # Two that draft from the first round on: a fixed one, and one that ends drafts by their confidence.
 POLICIES = {"fixed": {"del_policy": "fixed"}, "tpl": {"del_objective": "tpl"}}
 # The odds of a draft that a wrong rule accepts by. A token of probability 0.5 is then accepted at 0.545, or 0.565.
@@ -97,23 +97,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("host", "sampling", "policy"), CASES, indirect=["host"], ids=str)
+@pytest.mark.parametrize(("host", "sampling", "policy"), CASES, indirect=["host"], ids=str, scope="session")
 def test_same_joint_distribution(host: Host, model: str, sampling: dict[str, Any], policy: str) -> None:
+    """`del`'s samples have the computed distribution; on V1, that is also what vLLM samples without `del`."""
     on, accepted = sample(host, model, sampling, spec(host.runner, policy))
     assert accepted > 0
     assert len(on) > 3
-    assert p_value(on, exact(model, LENGTH[host.runner], sampling)) > CHANCE
-
-
-@pytest.mark.parametrize(("host", "sampling", "policy"), CASES[:4], indirect=["host"], ids=str)
-def test_the_distribution_compared_with_is_that_without_del(
-    host: Host, model: str, sampling: dict[str, Any], policy: str
-) -> None:
-    """What vLLM samples without `del` has the computed distribution, and `del`'s samples are like its samples."""
-    off, _ = sample(host, model, sampling, None)
-    on, _ = sample(host, model, sampling, spec(host.runner, policy))
-    assert p_value(off, exact(model, LENGTH[host.runner], sampling)) > CHANCE
-    assert p_value(on, off) > CHANCE
+    expected = exact(model, LENGTH[host.runner], sampling)
+    assert p_value(on, expected) > CHANCE
+    if host.runner == "v1":
+        off, _ = sample(host, model, sampling, None)
+        assert p_value(off, expected) > CHANCE
+        assert p_value(on, off) > CHANCE
 
 
 def test_a_wrong_rejection_rule_is_noticed(host: Host, model: str) -> None:

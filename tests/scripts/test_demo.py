@@ -35,8 +35,12 @@ child.wait()
 
 @pytest.mark.server
 def test_the_demo() -> None:
-    """Two real servers: text, acceptance and speed of both, and the same output."""
-    result = subprocess.run([sys.executable, SCRIPT, "--max-tokens", "24"], capture_output=True, text=True, timeout=570)
+    """Two real servers: text, acceptance and speed of both, and the same output.
+
+    Not compiled, which takes minutes: tests/server does that.
+    """
+    command = [sys.executable, SCRIPT, "--max-tokens", "24", "--", "--enforce-eager"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=570)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the output is the same" in result.stdout
     accepted = re.search(r"such\s+a\s+round\s+made\s+(\S+)\s+tokens", result.stdout)
