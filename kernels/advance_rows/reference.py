@@ -60,17 +60,18 @@ def advance_rows(
     All updates are in place, on the tensors' device, without waiting for it.
     """
     if said is not None:
-        said.tokens[said.place, said.step] = said.token.where(live, NO_TOKEN)
-        said.confidences[said.place, said.step] = said.confidence
+        said.tokens.select(1, said.step).scatter_(0, said.place, said.token.where(live, NO_TOKEN))
+        said.confidences.select(1, said.step).scatter_(0, said.place, said.confidence)
         said.input_ids.copy_(said.token)
         # Not `>=`, which a threshold of NaN would fail.
         live.logical_and_(~(said.confidence < said.stop_below)).logical_and_(said.length > said.step + 1)
     positions.add_(live)
     live.logical_and_(positions < max_model_len)
     positions.clamp_(min=0, max=max_model_len - 1)
-    seq_lens.copy_(positions + 1).masked_fill_(~live, 1)
+    ended = ~live
+    seq_lens.copy_(positions).add_(1).masked_fill_(ended, 1)
     for block_table, block_size, slot in zip(block_tables, block_sizes, slots, strict=True):
         block_index = torch.div(positions, block_size, rounding_mode="floor")
         block = block_table.gather(1, block_index.unsqueeze(1)).squeeze(1)
         torch.add(positions.remainder(block_size), block, alpha=block_size, out=slot)
-        slot.masked_fill_(~live, PAD_SLOT)
+        slot.masked_fill_(ended, PAD_SLOT)

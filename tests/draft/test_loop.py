@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -107,8 +108,7 @@ def test_each_row_drafts_its_plan(batch, compact: bool, by_row, shared: float) -
     tokens, positions, exits, lengths, stops, live = map(list, zip(*batch, strict=True))
     model, together = Model(3), None
     if by_row is not None:
-        columns = torch.tensor(by_row[: len(batch)], dtype=torch.float64).T
-        together = Together(*columns, torch.tensor(shared), torch.ones(len(batch)))  # type: ignore[misc]
+        together = Together(*np.array(by_row[: len(batch)]).T, shared, np.ones(len(batch)))
     plan = Plan(torch.tensor(exits), torch.tensor(lengths), torch.tensor(stops), max(exits), max(lengths), together)
     drafts = Drafts(torch.zeros(len(batch), most, dtype=torch.int64), torch.zeros(len(batch), most))
     draft(
@@ -153,7 +153,7 @@ def test_few_rows_do_not_pay_for_a_step_that_many_would() -> None:
     """Two of four rows are through with their drafts; what is left of the others is not worth a step of all."""
     rows = 4
     batch = [(5, 10, 0, 2 if at < 2 else 5, math.nan, True) for at in range(rows)]
-    values = [torch.full((rows,), value) for value in (0.9, math.nan, 0.0, 0.0, 0.1)]
+    values = [np.full(rows, value) for value in (0.9, math.nan, 0.0, 0.0, 0.1)]
     drafted = []
     for shared in (0.0, 1.5):
         plan = Plan(
@@ -162,7 +162,7 @@ def test_few_rows_do_not_pay_for_a_step_that_many_would() -> None:
             torch.full((rows,), math.nan),
             0,
             5,
-            Together(*values, torch.tensor(shared), torch.ones(rows)),  # type: ignore[misc]
+            Together(*values, shared, np.ones(rows)),
         )
         drafts = Drafts(torch.zeros(rows, 5, dtype=torch.int64), torch.zeros(rows, 5))
         model, live = Model(1), [True] * rows

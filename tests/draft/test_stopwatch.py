@@ -53,10 +53,11 @@ class Machine:
         self.now = 0.0
         self.truth = Correction()
         monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", 1e-9)
 
     def round(self, stopwatch: Stopwatch, steps: list[tuple[int, int]], only_decodes: bool = True):
         """What was expected of a round, and what it took."""
-        seconds = self.truth.draft * (DRAFTING if steps else 0.0)
+        seconds = self.truth.draft * (DRAFTING if steps else 0.0) + self.truth.step * len(steps)
         stopwatch.drafted(SLOTS, Launched(steps, seconds))
         self.now += seconds + self.truth.verify * (WITH_DRAFTS if steps else ALONE) + self.truth.overhead
         return stopwatch.verified(SLOTS, ROWS + ROWS * len(steps), CONTEXTS, only_decodes)
@@ -67,19 +68,22 @@ def near(truth: Correction) -> Correction:
 
 
 @pytest.mark.parametrize(
-    ("truth", "usual_overhead"),
+    ("truth", "usual_overhead", "usual_step"),
     [
-        (Correction(1.5, 1.0, 4.0), 1e6),  # of a small model, beside whose rounds an overhead is much
-        (Correction(1.5, 1.3), 1e-6),
-        (Correction(0.7, 0.8), 1.0),
-        (Correction(2.0), 1.0),
+        # of a small model, beside whose rounds, or steps, an overhead is much
+        (Correction(1.5, 1.0, 4.0), 1e6, 1e-9),
+        (Correction(1.0, 1.0, 4.0, 2.0), 1e6, 1e9),
+        (Correction(1.5, 1.3), 1e-6, 1e-9),
+        (Correction(0.7, 0.8), 1.0, 1.0),
+        (Correction(2.0), 1.0, 1e-9),
     ],
 )
 def test_a_machine_is_learnt_and_forgotten(
-    monkeypatch: pytest.MonkeyPatch, truth: Correction, usual_overhead: float
+    monkeypatch: pytest.MonkeyPatch, truth: Correction, usual_overhead: float, usual_step: float
 ) -> None:
-    monkeypatch.setattr(clock, "USUAL_OVERHEAD", usual_overhead)
     machine = Machine(monkeypatch)
+    monkeypatch.setattr(clock, "USUAL_OVERHEAD", usual_overhead)
+    monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", usual_step)
     stopwatch = Stopwatch(COSTS, DEPTHS, learns=True)
     machine.round(stopwatch, [])  # before which there was none
     for machine.truth in (Correction(), truth, Correction()):
@@ -101,6 +105,28 @@ def test_what_is_beyond_the_table_is_shared_out(monkeypatch: pytest.MonkeyPatch)
     assert stopwatch.correction == near(Correction(1.0, 1 + 1.5 / WITH_DRAFTS, 1.5))
     expected, took = machine.round(stopwatch, STEPS)
     assert expected == pytest.approx(took)
+
+
+def test_overhead_of_shallow_drafts_is_that_of_deep_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step takes beside its layers, whatever the exit, does not make deep ones look dear."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    shallow = COSTS.draft_seconds(ROWS, DEPTHS[0], CONTEXTS)
+    monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", 2 * clock.USUAL_FACTOR * shallow)
+    slower, beside = 1.1, 0.4 * shallow
+    for _ in range(1 + LAST):
+        stopwatch.drafted(SLOTS, Launched([(ROWS, 0)] * 2, 2 * (slower * shallow + beside)))
+        machine.now += 2 * (slower * shallow + beside) + WITH_DRAFTS
+        stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
+    assert stopwatch.correction == near(Correction(slower, 1.0, 0.0, beside))
+    planner = Planner(torch.tensor(DEPTHS), COSTS, LENGTH)
+    planner.correction = stopwatch.correction
+    context, rates = torch.full((ROWS,), 100), torch.tensor([[0.0, 0.9]] * ROWS, dtype=torch.float64)
+    decision = planner.plan(rates, torch.full((ROWS,), 2), context)
+    assert decision.length.tolist() == [2] * ROWS
+    deep = COSTS.draft_seconds(ROWS, DEPTHS[1], CONTEXTS)
+    # With what the verification takes for the context of the drafts.
+    of_context = COSTS.token_context * 60 * 2 * ROWS
+    assert float(decision.draft_time) == pytest.approx(2 * (slower * deep + beside) + of_context)
 
 
 def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from vllm_del.policy.cost import Correction, CostTables
 LAST, AS_TABLED = 31, 5
 """Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say."""
 
-USUAL_FACTOR, USUAL_OVERHEAD = 0.2, 0.001
-"""How far verification usually is from its table, in proportion, and what a round takes beside it, in seconds: so the
-milliseconds that a small model's round takes longer are mostly overhead, and those of a large one mostly in proportion.
+USUAL_FACTOR, USUAL_OVERHEAD, USUAL_STEP_OVERHEAD = 0.2, 0.001, 0.0005
+"""How far verification and draft steps usually are from their tables, in proportion, and what a round and a step take
+beside these, in seconds: so the milliseconds that a small model takes longer are mostly overhead, whatever the exit,
+and those of a large one mostly in proportion.
 """
 
 AGAIN = 8
@@ -48,20 +49,21 @@ class Stopwatch:
         self._depths = depths
         self._learns = learns
         self.correction = Correction()
-        # Of the last rounds: what drafts took over what the tables say; what these say of all else, and the difference
-        self._drafts = deque([1.0] * AS_TABLED, maxlen=LAST)
+        # Of the last rounds: what the tables say of a draft step, and of all else, and what these took beyond that
+        self._step_tables: deque[float] = deque(maxlen=LAST)
+        self._step_beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
         self._tables: deque[float] = deque(maxlen=LAST)
         self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
         self._undrafted = 0
-        # Of this round: when it began, of which sequences it is, its draft steps by the clock and by the tables
+        # Of this round: when it began, of which sequences it is, its draft steps, by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
-        self._drafted, self._tabled = 0.0, 0.0
+        self._steps, self._drafted, self._tabled = 0, 0.0, 0.0
         # Of what was verified last
         self._contexts, self._only_decodes = 0.0, False
 
     def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
         """The drafts of these sequences are there."""
-        self._slots, self._drafted = slots, launched.seconds
+        self._slots, self._steps, self._drafted = slots, len(launched.steps), launched.seconds
         self._tabled = sum(
             self._costs.draft_seconds(rows, self._depths[exit], self._contexts * rows / len(slots))
             for rows, exit in launched.steps
@@ -82,7 +84,7 @@ class Stopwatch:
         if not same or not before:
             return None
         of, tabled = self.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
-        expected = of.draft * self._tabled + of.verify * tabled + of.overhead
+        expected = of.draft * self._tabled + of.step * self._steps + of.verify * tabled + of.overhead
         if self._learns:
             self._learn(now - begun - self._drafted, tabled)
         return expected, now - begun
@@ -92,17 +94,23 @@ class Stopwatch:
         of = self.correction
         self._tables.append(tabled)
         self._beyond.append(rest - tabled)
-        tabled, beyond = median(self._tables), median(self._beyond)
-        # What is beyond the table goes where less of a surprise it is.
-        in_proportion, apart = (USUAL_FACTOR * tabled) ** 2, USUAL_OVERHEAD**2 if beyond > 0 else 0.0
-        of.overhead = beyond * apart / (in_proportion + apart)
-        of.verify = 1 + (beyond - of.overhead) / tabled
-        self._undrafted = 0 if self._tabled else self._undrafted + 1
-        if self._tabled:
-            self._drafts.append(self._drafted / self._tabled)
-        elif self._undrafted % AGAIN == 0:
-            self._drafts.append(of.verify)
-        of.draft = median(self._drafts)
+        of.verify, of.overhead = _shared_out(self._beyond, self._tables, USUAL_OVERHEAD)
+        self._undrafted = 0 if self._steps else self._undrafted + 1
+        if self._steps:
+            self._step_tables.append(self._tabled / self._steps)
+            self._step_beyond.append((self._drafted - self._tabled) / self._steps)
+        elif self._step_tables and self._undrafted % AGAIN == 0:
+            self._step_beyond.append((of.verify - 1) * median(self._step_tables))
+        if self._step_tables:
+            of.draft, of.step = _shared_out(self._step_beyond, self._step_tables, USUAL_STEP_OVERHEAD)
+
+
+def _shared_out(beyond: Sequence[float], tables: Sequence[float], usual_overhead: float) -> tuple[float, float]:
+    """What is beyond the tables as a factor of them, and an overhead: it goes where less of a surprise it is."""
+    usually, longer = median(tables), median(beyond)
+    in_proportion, apart = (USUAL_FACTOR * usually) ** 2, usual_overhead**2 if longer > 0 else 0.0
+    overhead = longer * apart / (in_proportion + apart)
+    return 1 + (longer - overhead) / usually, overhead
 
 
 class Pace:

@@ -7,6 +7,7 @@ lives, whatever row of the batch it is in.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_del.draft.clock import Late, Pace, Stopwatch
@@ -238,9 +239,9 @@ class DynamicPolicy:
         if self._on_host:
             known = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
             of_exit = known.gather(2, decision.exit[None, :, None].expand(len(known), -1, 1)).squeeze(2)
-            expected, doubt_below, offset, slope = of_exit
-            worth = decision.worth, decision.step_worth
-            together = Together(expected, doubt_below, offset, slope, *worth, survived=torch.ones_like(expected))
+            expected, doubt_below, offset, slope = of_exit.numpy()
+            worth = decision.worth.numpy(), float(decision.step_worth)
+            together = Together(expected, doubt_below, offset, slope, *worth, survived=np.ones(len(slots)))
         return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:

@@ -93,8 +93,9 @@ class Correction:
     draft: float = 1.0
     verify: float = 1.0
     # what a round takes beside its drafts and a forward pass, seconds: scheduling, sampling and output, whatever the
-    # number of drafts
+    # number of drafts; and what each draft step takes beside its layers and the head, whatever the exit
     overhead: float = 0.0
+    step: float = 0.0
 
 
 SHADOW_ROWS = 512
