@@ -73,6 +73,7 @@ def near(truth: Correction) -> Correction:
         # of a small model, beside whose rounds, or steps, an overhead is much
         (Correction(1.5, 1.0, 4.0), 1e6, 1e-9),
         (Correction(1.0, 1.0, 4.0, 2.0), 1e6, 1e9),
+        (Correction(1.3, 1.3, 0.0, 2.0), 1e-6, 1e9),
         (Correction(1.5, 1.3), 1e-6, 1e-9),
         (Correction(0.7, 0.8), 1.0, 1.0),
         (Correction(2.0), 1.0, 1e-9),
@@ -138,18 +139,35 @@ def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         assert stopwatch.correction == near(Correction())
 
 
-def test_what_was_learnt_of_drafts_is_forgotten_where_nothing_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("usual_step", [1e-9, 1.0])
+@pytest.mark.parametrize("verify", [0.8, 1.5])
+def test_what_was_learnt_of_drafts_is_forgotten_where_nothing_is_drafted(
+    monkeypatch: pytest.MonkeyPatch, verify: float, usual_step: float
+) -> None:
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
-    machine.truth = Correction(3.0, 0.8)
+    # All that verification takes longer is in proportion, whatever a step takes beside the tables.
+    monkeypatch.setattr(clock, "USUAL_OVERHEAD", 1e-9)
+    monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", usual_step)
+    machine.truth = Correction(3.0, verify)
     for _ in range(1 + LAST):
         machine.round(stopwatch, STEPS)
-    rounds = 0
-    while stopwatch.correction.draft > 2:
-        assert stopwatch.correction == near(machine.truth)
+    learnt, rounds = astuple(stopwatch.correction), 0
+    while stopwatch.correction.draft > verify + 1e-6 or stopwatch.correction.step > 1e-6:
+        assert astuple(stopwatch.correction) == pytest.approx(learnt)
         machine.round(stopwatch, [])
         rounds += 1
-    assert stopwatch.correction == near(Correction(0.8, 0.8))
+    assert stopwatch.correction == near(Correction(verify, verify))
     assert rounds == AGAIN * (LAST // 2 + 1)
+
+
+def test_without_drafts_they_are_as_fast_as_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is fast, or slow, in everything keeps no drafts away."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    monkeypatch.setattr(clock, "USUAL_OVERHEAD", 1e-9)
+    for machine.truth in (Correction(9.0, 0.7), Correction(9.0, 1.5)):
+        for _ in range(1 + LAST):
+            machine.round(stopwatch, [])
+        assert stopwatch.correction == near(Correction(machine.truth.verify, machine.truth.verify))
 
 
 def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,15 +47,23 @@ def _multiply_bfloat16() -> None:
 
 def _take_any_mask() -> None:
     """The interpreter may hold what is true or false as whole numbers, and then takes them for no mask."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    store = InterpreterBuilder.create_masked_store
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
-        return store(self, ptrs, value, mask, *rest)
+    def true_or_false(mask: Any) -> Any:
+        return mask if mask.data.dtype == bool else TensorHandle(mask.data.astype(bool), mask.dtype)
 
-    InterpreterBuilder.create_masked_store = create_masked_store
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        return load(self, ptrs, true_or_false(mask), *rest, **options)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        return store(self, ptrs, value, true_or_false(mask), *rest, **options)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+        create_masked_load,
+        create_masked_store,
+    )
 
 
 def allow_triton_attention() -> None:

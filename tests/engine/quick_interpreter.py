@@ -1,4 +1,4 @@
-"""Triton's interpreter, some four times faster, so that all of Model Runner V2 can be tested in it.
+"""Triton's interpreter, made so fast that all of Model Runner V2 can be tested in it.
 
 Nearly all of its time goes into the types and shapes of what it computes, which it finds out anew in every operation of
 every program of a grid. Here they are found out once, and what is no operation at all, as to broadcast two operands of
@@ -17,7 +17,7 @@ def make_it_quick() -> None:
     _make_tensors_of_known_shapes()
     _leave_equal_types_alone()
     _name_types_once()
-    _check_no_sizes()
+    _check_no_sums()
 
 
 def _patch_the_language_once() -> None:
@@ -73,10 +73,12 @@ def _make_block_types_once() -> None:
 
     def new(cls: type, element_ty: Any, shape: Any) -> Any:
         sizes = tuple(getattr(size, "value", size) for size in getattr(shape, "values", shape))
-        key = str(element_ty), sizes
+        key = str(element_ty), getattr(element_ty, "address_space", None), sizes
         if key not in types:
-            types[key] = object.__new__(cls)
-            initialise(types[key], element_ty, shape)
+            made = object.__new__(cls)
+            # One that is refused is not to be found here the next time.
+            initialise(made, element_ty, shape)
+            types[key] = made
         return types[key]
 
     def to_ir_once(self: Any, builder: Any) -> Any:
@@ -85,7 +87,7 @@ def _make_block_types_once() -> None:
         return self.known_ir
 
     block_type.__new__ = staticmethod(new)
-    block_type.__init__ = lambda *_: None
+    block_type.__init__ = lambda *_, **__: None
     block_type.to_ir = to_ir_once
 
 
@@ -157,9 +159,8 @@ def _name_types_once() -> None:
     interpreter._get_np_dtype = look_up_once
 
 
-def _check_no_sizes() -> None:
-    """Whether whole numbers overflow, compiled kernels are not asked either; and numpy's types are those looked up."""
-    from triton.runtime import interpreter
+def _check_no_sums() -> None:
+    """Whether whole numbers overflow: compiled kernels are not asked that either."""
+    from triton.runtime.interpreter import interpreter_builder
 
-    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
-    interpreter.TensorHandle.__post_init__ = lambda self: None
+    object.__setattr__(interpreter_builder.options, "sanitize_overflow", False)

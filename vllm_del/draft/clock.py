@@ -49,9 +49,10 @@ class Stopwatch:
         self._depths = depths
         self._learns = learns
         self.correction = Correction()
-        # Of the last rounds: what the tables say of a draft step, and of all else, and what these took beyond that
-        self._step_tables: deque[float] = deque(maxlen=LAST)
-        self._step_beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
+        # Of the last rounds that drafted: what a draft step took and what the tables say of it; None counts as a round
+        # in which drafts were as fast as verification
+        self._draft_steps: deque[tuple[float, float] | None] = deque([None] * AS_TABLED, maxlen=LAST)
+        # Of the last rounds: what the tables say of all else, and what it took beyond that
         self._tables: deque[float] = deque(maxlen=LAST)
         self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
         self._undrafted = 0
@@ -94,23 +95,25 @@ class Stopwatch:
         of = self.correction
         self._tables.append(tabled)
         self._beyond.append(rest - tabled)
-        of.verify, of.overhead = _shared_out(self._beyond, self._tables, USUAL_OVERHEAD)
+        excess, of.overhead = _shared_out(median(self._beyond), median(self._tables), USUAL_OVERHEAD)
+        of.verify = 1 + excess
         self._undrafted = 0 if self._steps else self._undrafted + 1
         if self._steps:
-            self._step_tables.append(self._tabled / self._steps)
-            self._step_beyond.append((self._drafted - self._tabled) / self._steps)
-        elif self._step_tables and self._undrafted % AGAIN == 0:
-            self._step_beyond.append((of.verify - 1) * median(self._step_tables))
-        if self._step_tables:
-            of.draft, of.step = _shared_out(self._step_beyond, self._step_tables, USUAL_STEP_OVERHEAD)
+            self._draft_steps.append((self._drafted / self._steps, self._tabled / self._steps))
+        elif self._undrafted % AGAIN == 0:
+            self._draft_steps.append(None)
+        # A machine that is slower is so in all it does: beyond that is what drafts take more than verification.
+        beyond = median(seen[0] - of.verify * seen[1] if seen else 0.0 for seen in self._draft_steps)
+        tables = [seen[1] for seen in self._draft_steps if seen]
+        excess, of.step = _shared_out(beyond, median(tables), USUAL_STEP_OVERHEAD) if tables else (0.0, 0.0)
+        of.draft = of.verify + excess
 
 
-def _shared_out(beyond: Sequence[float], tables: Sequence[float], usual_overhead: float) -> tuple[float, float]:
-    """What is beyond the tables as a factor of them, and an overhead: it goes where less of a surprise it is."""
-    usually, longer = median(tables), median(beyond)
-    in_proportion, apart = (USUAL_FACTOR * usually) ** 2, usual_overhead**2 if longer > 0 else 0.0
-    overhead = longer * apart / (in_proportion + apart)
-    return 1 + (longer - overhead) / usually, overhead
+def _shared_out(beyond: float, table: float, usual_overhead: float) -> tuple[float, float]:
+    """Seconds beyond what is tabled, as a part of that and an overhead: they go where less of a surprise they are."""
+    in_proportion, apart = (USUAL_FACTOR * table) ** 2, usual_overhead**2 if beyond > 0 else 0.0
+    overhead = beyond * apart / (in_proportion + apart)
+    return (beyond - overhead) / table, overhead
 
 
 class Pace:

@@ -72,8 +72,8 @@ class Planner:
         # Times here are those of the tables where verification is as they say: a machine that is fast in everything
         # changes no plan.
         of = self.correction
-        slower, overhead, step = (value / of.verify for value in (of.draft, of.overhead, of.step))
-        shared, per_row = slower * self._shared[num_rows] + step, slower * self._per_row[num_rows]
+        slower, overhead, step_overhead = (value / of.verify for value in (of.draft, of.overhead, of.step))
+        shared, per_row = slower * self._shared[num_rows] + step_overhead, slower * self._per_row[num_rows]
         longer = (context - costs.context).double()
         verify = costs.verify[num_rows] + costs.verify_context * context.sum() + overhead
         # Another number of rows has another goodput: begin with that of not drafting.
@@ -103,7 +103,7 @@ class Planner:
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
         itself = per_row[row_exit] + self._per_token[num_rows].index_select(0, longest) + of_row_context
         worth = price * itself, price * shared.index_select(0, deepest).squeeze(0)
-        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context, slower, step)
+        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context, slower, step_overhead)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
         self._num_rows = num_rows
@@ -142,7 +142,7 @@ class Planner:
         verify: torch.Tensor,
         of_context: torch.Tensor,
         slower: float,
-        step: float,
+        step_overhead: float,
     ) -> Decision:
         """What the plan yields and costs, by the tables and without the split into shared and per row."""
         costs, num_rows = self.costs, len(exit)
@@ -153,7 +153,7 @@ class Planner:
         rows = drafting.sum(0)
         depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
-        draft_time = slower * steps.sum() + step * (rows > 0).sum() + (length * of_context).sum()
+        draft_time = slower * steps.sum() + step_overhead * (rows > 0).sum() + (length * of_context).sum()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
         of_drafts = verify_drafts - costs.verify[num_rows]
         return Decision(exit, length, *worth, tokens, draft_time, verify + of_drafts)
