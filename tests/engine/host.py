@@ -5,12 +5,14 @@ runner has a process of its own. Engines are kept and reused there, as many test
 """
 
 import dataclasses
+import json
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from tests.engine.interpreter import (
@@ -144,7 +146,8 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
     if key in _engines:
         _engines.move_to_end(key)
         return _engines[key]
-    while len(_engines) >= _ENGINES_KEPT:
+    kept = _ENGINES_KEPT if _may_join(model) else 1
+    while len(_engines) >= kept:
         _engines.popitem(last=False)[1].engine_core.shutdown()
     options = {**ENGINE_DEFAULTS, **options}
     # As vLLM has it where each runner is at home: V2 on a GPU schedules asynchronously, V1 on a CPU does not.
@@ -152,6 +155,16 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
         config = dict(spec) if isinstance(spec, dict) else spec
         _engines[key] = LLMEngine.from_engine_args(EngineArgs(model=model, speculative_config=config, **options))
     return _engines[key]
+
+
+def _may_join(model: str) -> bool:
+    """Whether the engines of this process may stay: vLLM makes the group of ranks that share experts with the first one
+    only, if that is of a mixture of experts."""
+    from vllm.distributed import parallel_state
+
+    config = json.loads(Path(model, "config.json").read_text())
+    has_experts = bool({"num_experts", "num_local_experts"} & config.keys())
+    return not has_experts or parallel_state._EP is not None
 
 
 def _use_made_up_costs() -> None:
