@@ -78,7 +78,7 @@ class Synthetic:
         )
         with torch.device("meta"):
             self.model = LlamaForCausalLM(config)
-        # Weights are of bfloat16. Older CPUs compute in float32 many times faster, and what agrees hardly differs.
+        # Weights are of bfloat16. Older CPUs would emulate it, and compute in float32: so agreement is of float32.
         is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         self.computed_in = torch.bfloat16 if is_fast else torch.float32
         self.model = self.model.to(self.computed_in).to_empty(device=device).eval()

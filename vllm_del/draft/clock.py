@@ -13,7 +13,8 @@ from vllm_del.draft.loop import Launched
 from vllm_del.policy.cost import Correction, CostTables
 
 LAST, AS_TABLED = 31, 5
-"""Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say."""
+"""Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say, and
+drafts as fast as verification."""
 
 USUAL_FACTOR, USUAL_OVERHEAD, USUAL_STEP_OVERHEAD = 0.2, 0.001, 0.0005
 """How far verification and draft steps usually are from their tables, in proportion, and what a round and a step take
