@@ -39,6 +39,9 @@ PROGRAMS_PER_PROCESSOR = 4
 LEAST_TOKENS = 64
 """A smaller part of the vocabulary is not worth a program."""
 
+MERGED = 1024
+"""A program of the second launch merges the parts of as many rows as make so many values."""
+
 _NO_TOKEN = tl.constexpr(2**62)
 _SMALL = tl.constexpr(SMALL)
 _SMALLEST = tl.constexpr(SMALLEST)
@@ -49,8 +52,8 @@ def exit_head(states: torch.Tensor, weight: torch.Tensor, **options: Any) -> Hea
     merged = _empty(len(states), device=states.device)
     if len(states):
         parts = sweep(states, weight, **options)
-        number = len(parts.token)
-        _merge_parts[(len(states),)](*parts, *merged, number, len(states), PARTS=triton.next_power_of_2(number))
+        grid, shape = merging(parts)
+        _merge_parts[grid](*parts, *merged, *parts.token.shape, **shape)
     return merged
 
 
@@ -101,6 +104,14 @@ def sweep(
         **({} if on_gpu else SHAPES[0].all_kwargs()),
     )
     return of_parts
+
+
+def merging(parts: HeadTokens) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and block shape of a launch that merges what `sweep` gives."""
+    number, num_rows = parts.token.shape
+    block = triton.next_power_of_2(number)
+    rows = max(1, MERGED // block)
+    return (triton.cdiv(num_rows, rows),), {"PARTS": block, "ROWS": rows}
 
 
 def _empty(*shape: int, device: torch.device) -> HeadTokens:
@@ -262,22 +273,26 @@ def _merge_parts(
     num_parts,
     num_rows,
     PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """What all parts together say of one row."""
-    row = tl.program_id(0)
-    token, score, logit, log_sum = merged_row(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS)
-    tl.store(token_out + row, token)
-    tl.store(score_out + row, score)
-    tl.store(logit_out + row, logit)
-    tl.store(log_sum_out + row, log_sum)
+    """What all parts together say of some rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    parts = token_in, score_in, logit_in, log_sum_in
+    token, score, logit, log_sum = merged_rows(parts, row, num_parts, num_rows, PARTS)
+    is_row = row < num_rows
+    tl.store(token_out + row, token, mask=is_row)
+    tl.store(score_out + row, score, mask=is_row)
+    tl.store(logit_out + row, logit, mask=is_row)
+    tl.store(log_sum_out + row, log_sum, mask=is_row)
 
 
 @triton.jit
-def merged_row(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS: tl.constexpr):
-    """The best of the parts of one row, and the sum of their exponentials."""
-    part = tl.arange(0, PARTS)
-    is_part = part < num_parts
-    at = part.to(tl.int64) * num_rows + row
+def merged_rows(parts, row, num_parts, num_rows, PARTS: tl.constexpr):
+    """The best of the parts of each row, and the sum of their exponentials."""
+    token_in, score_in, logit_in, log_sum_in = parts
+    part = tl.arange(0, PARTS)[:, None]
+    is_part = (part < num_parts) & (row < num_rows)[None, :]
+    at = part.to(tl.int64) * num_rows + row[None, :]
     token = tl.load(token_in + at, mask=is_part, other=_NO_TOKEN)
     scores = tl.load(score_in + at, mask=is_part, other=float("-inf"))
     logits = tl.load(logit_in + at, mask=is_part, other=float("-inf"))
@@ -286,10 +301,10 @@ def merged_row(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_row
     is_nan = scores != scores
     any_nan = tl.max(is_nan.to(tl.int32), 0) > 0
     score = tl.max(tl.where(is_nan, float("-inf"), scores), 0)
-    is_best = tl.where(any_nan, is_nan, scores == score)
+    is_best = tl.where(any_nan[None, :], is_nan, scores == score[None, :])
     first = tl.min(tl.where(is_best & is_part, token, _NO_TOKEN), 0)
-    logit = tl.max(tl.where(token == first, logits, float("-inf")), 0)
+    logit = tl.max(tl.where(token == first[None, :], logits, float("-inf")), 0)
     largest = tl.max(tl.where(log_sums != log_sums, float("-inf"), log_sums), 0)
     base = _finite(largest)
-    log_sum = base + tl.log(tl.sum(tl.exp(log_sums - base), 0))
+    log_sum = base + tl.log(tl.sum(tl.exp(log_sums - base[None, :]), 0))
     return first, tl.where(any_nan, float("nan"), score), tl.where(any_nan, float("nan"), logit), log_sum

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from vllm_del.kernels.exit_head.triton import merged_row, sweep
+from vllm_del.kernels.exit_head.triton import merged_rows, merging, sweep
 
 
 def shadow_agree(
@@ -20,8 +20,8 @@ def shadow_agree(
     probability = torch.empty(pairs, dtype=torch.float32, device=states.device)
     if pairs:
         parts = sweep(states, weight, **options)
-        number = len(parts.token)
-        _compare[(pairs,)](*parts, expected, agrees, probability, number, pairs, PARTS=triton.next_power_of_2(number))
+        grid, shape = merging(parts)
+        _compare[grid](*parts, expected, agrees, probability, *parts.token.shape, **shape)
     return agrees, probability
 
 
@@ -39,8 +39,11 @@ def _compare(
     num_parts,
     num_rows,
     PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    token, _, logit, log_sum = merged_row(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS)
-    tl.store(agrees + row, token == tl.load(expected + row))
-    tl.store(probability + row, tl.exp(logit - log_sum))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    parts = token_in, score_in, logit_in, log_sum_in
+    token, _, logit, log_sum = merged_rows(parts, row, num_parts, num_rows, PARTS)
+    tl.store(agrees + row, token == tl.load(expected + row, mask=is_row, other=0), mask=is_row)
+    tl.store(probability + row, tl.exp(logit - log_sum), mask=is_row)

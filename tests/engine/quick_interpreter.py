@@ -18,6 +18,7 @@ def make_it_quick() -> None:
     _leave_equal_types_alone()
     _name_types_once()
     _check_no_sums()
+    _hold_arrays_lightly()
 
 
 def _patch_the_language_once() -> None:
@@ -111,12 +112,14 @@ def _make_tensors_of_known_shapes() -> None:
 
 
 def _leave_equal_types_alone() -> None:
-    """Operands of one type and shape are neither cast nor broadcast."""
+    """Operands of one type and shape are neither cast nor broadcast, and a number beside a tensor is made one once."""
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
     tensor, broadcast = core.tensor, TritonSemantic.broadcast_impl_value
-    check = TritonSemantic.binary_op_type_checking_impl
+    check, cast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.cast
+    # By the other operand's type, and the number: as a tensor of that type, and the type.
+    constants: dict[Any, tuple[Any, Any]] = {}
 
     def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
         one, other = lhs.type, rhs.type
@@ -135,13 +138,32 @@ def _leave_equal_types_alone() -> None:
         arithmetic_check: bool = True,
         div_or_mod: bool = False,
     ) -> Any:
-        same = type(lhs) is tensor and type(rhs) is tensor and lhs.type is rhs.type
-        if same and not div_or_mod and not lhs.dtype.is_ptr():
-            return lhs, rhs
+        kind = type(rhs)
+        if type(lhs) is tensor and not div_or_mod:
+            if kind is tensor:
+                if lhs.dtype.is_ptr():
+                    if allow_lhs_ptr and rhs.dtype.is_int():
+                        return broadcast_others(self, lhs, rhs)
+                elif lhs.type is rhs.type:
+                    return lhs, rhs
+            elif kind is int or kind is float:
+                # Minus zero equals zero.
+                key = id(lhs.type), kind, rhs if rhs else str(rhs), arithmetic_check
+                if key in constants:
+                    return lhs, constants[key][0]
+                left, right = check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+                if left is lhs:
+                    # With its type, whose place in memory is the key.
+                    constants[key] = right, lhs.type
+                return left, right
         return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    def cast_others(self: Any, input: Any, dst_ty: Any, *rounding: Any, **options: Any) -> Any:
+        return input if input.dtype is dst_ty.scalar else cast(self, input, dst_ty, *rounding, **options)
 
     TritonSemantic.broadcast_impl_value = broadcast_others
     TritonSemantic.binary_op_type_checking_impl = check_others
+    TritonSemantic.cast = cast_others
 
 
 def _name_types_once() -> None:
@@ -164,3 +186,37 @@ def _check_no_sums() -> None:
     from triton.runtime.interpreter import interpreter_builder
 
     object.__setattr__(interpreter_builder.options, "sanitize_overflow", False)
+
+
+def _hold_arrays_lightly() -> None:
+    """Each array is held with its type and attributes, of which few have any; each was looked at whether it fits."""
+    from types import MappingProxyType
+
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    none: Any = MappingProxyType({})
+
+    def initialise(self: Any, data: Any, dtype: Any, attr: Any = none) -> None:
+        self.data, self.dtype, self.attr = data, dtype, attr
+
+    def set_attr(self: Any, key: Any, value: Any) -> None:
+        self.attr = {**self.attr, key: value}
+
+    TensorHandle.__init__, TensorHandle.set_attr = initialise, set_attr
+
+    everywhere: dict[Any, Any] = {}
+
+    def mask_of(ptr: Any) -> Any:
+        shape = ptr.data.shape
+        if shape not in everywhere:
+            everywhere[shape] = TensorHandle(numpy.ones(shape, dtype=bool), tl.int1)
+        return everywhere[shape]
+
+    InterpreterBuilder.create_load = lambda self, ptr, policy, volatile: self.create_masked_load(
+        ptr, mask_of(ptr), None, policy, volatile
+    )
+    InterpreterBuilder.create_store = lambda self, ptr, value, policy: self.create_masked_store(
+        ptr, value, mask_of(ptr), policy
+    )
