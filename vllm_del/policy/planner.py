@@ -40,6 +40,18 @@ class Decision:
     verify_time: torch.Tensor
 
 
+@dataclass
+class Rates:
+    """Of this round: its times are those of the tables where verification is as they say. A machine that is fast in
+    everything changes no plan."""
+
+    # what draft steps take in proportion to their tables, and beside these, in seconds
+    slower: float
+    step_overhead: float
+    # scalar, float64: seconds of a verification without drafts
+    verify: torch.Tensor
+
+
 class Planner:
     """Plans a batch; keeps the price, and what it chose last, to stay with it unless another plan is clearly better."""
 
@@ -69,21 +81,18 @@ class Planner:
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
         lengths, costs, num_rows = self.lengths, self.costs, len(limit)
-        # Times here are those of the tables where verification is as they say: a machine that is fast in everything
-        # changes no plan.
-        of = self.correction
-        slower, overhead, step_overhead = (value / of.verify for value in (of.draft, of.overhead, of.step))
-        shared, per_row = slower * self._shared[num_rows] + step_overhead, slower * self._per_row[num_rows]
+        rates = self._rates(num_rows, context)
+        shared = rates.slower * self._shared[num_rows] + rates.step_overhead
+        per_row = rates.slower * self._per_row[num_rows]
         longer = (context - costs.context).double()
-        verify = costs.verify[num_rows] + costs.verify_context * context.sum() + overhead
         # Another number of rows has another goodput: begin with that of not drafting.
-        price = self._price if num_rows == self._num_rows else num_rows / verify
+        price = self._price if num_rows == self._num_rows else num_rows / rates.verify
         # [rows, exits, length]: what drafting adds to the one token that a round yields anyway
         gain = expected_tokens(acceptance, len(lengths) - 1) - 1
         gain = gain.masked_fill(lengths > limit[:, None, None], -torch.inf)
         # What a row's drafts cost: each for its context, [rows, exits], and all beside that and what the batch shares,
         # [exits, length, longest]
-        layers_context = self.depths * (slower * costs.layer_context)
+        layers_context = self.depths * (rates.slower * costs.layer_context)
         of_context = longer.unsqueeze(1) * (layers_context + costs.token_context)
         row_cost = lengths[:, None] * (per_row[:, None, None] + self._per_token[num_rows])
         row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
@@ -95,7 +104,7 @@ class Planner:
         # [exits, longest]: the batch's, with what it shares
         total = best.sum(0) - price * lengths * shared[:, None]
         # [1] all: indices that stay on the device
-        shape = self._choose(total, price * verify)
+        shape = self._choose(total, price * rates.verify)
         deepest, longest = shape // len(lengths), shape % len(lengths)
         row_exit = exit.flatten(1).index_select(1, shape)
         row_length = length.flatten(1).gather(1, row_exit * len(lengths) + longest).squeeze(1)
@@ -103,7 +112,8 @@ class Planner:
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
         itself = per_row[row_exit] + self._per_token[num_rows].index_select(0, longest) + of_row_context
         worth = price * itself, price * shared.index_select(0, deepest).squeeze(0)
-        decision = self._expect(gain, row_exit, row_length, worth, verify, of_row_context, slower, step_overhead)
+        expected = self._expect(gain, row_exit, row_length, of_row_context, rates)
+        decision = Decision(row_exit, row_length, *worth, *expected)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
         self._num_rows = num_rows
@@ -114,6 +124,12 @@ class Planner:
         """The shape, flat, [1] int64, of the largest total; the last one's, or none, if that is nearly as good."""
         favour = HYSTERESIS * self._last + CAUTION * (self.lengths == 0)
         return (total + favour * tokens).flatten().argmax().unsqueeze(0)
+
+    def _rates(self, num_rows: int, context: torch.Tensor) -> Rates:
+        costs, of = self.costs, self.correction
+        slower, overhead, step_overhead = (value / of.verify for value in (of.draft, of.overhead, of.step))
+        verify = costs.verify[num_rows] + costs.verify_context * context.sum() + overhead
+        return Rates(slower, step_overhead, verify)
 
     def _step_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(len(self.costs.step), device=self.depths.device)
@@ -138,13 +154,11 @@ class Planner:
         gain: torch.Tensor,
         exit: torch.Tensor,
         length: torch.Tensor,
-        worth: tuple[torch.Tensor, torch.Tensor],
-        verify: torch.Tensor,
         of_context: torch.Tensor,
-        slower: float,
-        step_overhead: float,
-    ) -> Decision:
-        """What the plan yields and costs, by the tables and without the split into shared and per row."""
+        rates: Rates,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the plan yields in tokens, and its drafts and its verification take in seconds: by the tables, and
+        without the split into shared and per row."""
         costs, num_rows = self.costs, len(exit)
         per_exit = gain.gather(1, exit[:, None, None].expand(-1, 1, gain.shape[2])).squeeze(1)
         tokens = num_rows + per_exit.gather(1, length.unsqueeze(1)).sum()
@@ -153,7 +167,6 @@ class Planner:
         rows = drafting.sum(0)
         depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
-        draft_time = slower * steps.sum() + step_overhead * (rows > 0).sum() + (length * of_context).sum()
+        draft_time = rates.slower * steps.sum() + rates.step_overhead * (rows > 0).sum() + (length * of_context).sum()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
-        of_drafts = verify_drafts - costs.verify[num_rows]
-        return Decision(exit, length, *worth, tokens, draft_time, verify + of_drafts)
+        return tokens, draft_time, rates.verify + verify_drafts - costs.verify[num_rows]
