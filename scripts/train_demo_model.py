@@ -50,7 +50,7 @@ def main(
 ) -> None:
     """Train the demo model on the Python standard library with the LayerSkip recipe."""
     if quick:
-        tokens, layers, width, workers = 20_000, 4, 64, 1
+        tokens, layers, width = 20_000, 4, 64
     small = tokens < 1_000_000  # too few for all of the text
     recipe = Recipe(layers, width, 1024 if small else Recipe.vocab, tokens)
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts.demo_training.muon import Muon
 from scripts.demo_training.text import read_corpus
 from tests.conftest import DEMO_MODEL
 
@@ -26,6 +27,25 @@ def test_quick_run_writes_a_whole_checkpoint(tmp_path: Path) -> None:
     assert torch.isfinite(model(ids).logits).all()
     assert "agreement" in (out / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_muon_steps_as_the_one_of_torch_does() -> None:
+    """In the type that that one computes in."""
+    torch.manual_seed(0)
+    theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 16), (16, 48))]
+    ours = [torch.nn.Parameter(matrix.detach().clone()) for matrix in theirs]
+    steppers = (
+        torch.optim.Muon(theirs, 0.01, 0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(ours, 0.01, 0.1, torch.bfloat16),
+    )
+    for _ in range(3):
+        for one, other in zip(theirs, ours, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for stepper in steppers:
+            stepper.step()
+    for one, other in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_committed_model_is_small_and_of_the_promised_form() -> None:
