@@ -206,7 +206,13 @@ def train(
     if rank == 0:
         trainer.model.to("cpu", torch.bfloat16).save_pretrained(new)
         wall, cpu = (time.monotonic() - began) / 60, time.process_time() / 60
-        counts = {"steps": step, "seen": seen, "wall": wall, "cpu": cpu, "computed_in": str(trainer.computed_in)}
+        counts = {
+            "steps": step,
+            "seen": seen,
+            "wall": wall,
+            "cpu": cpu,
+            "computed_in": str(trainer.computed_in).removeprefix("torch."),
+        }
         (new / "counts").write_text(json.dumps(counts))
     if workers > 1:
         dist.destroy_process_group()

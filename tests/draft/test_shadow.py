@@ -41,11 +41,13 @@ def test_budget(head: tuple[float, float], wanted: int) -> None:
     assert max(scored) >= min(wanted, BURST)
 
 
-@pytest.mark.parametrize(("by_clock", "share"), [(True, 0.02), (False, 0.06)])
-def test_what_scoring_took_is_what_is_spent(monkeypatch: pytest.MonkeyPatch, by_clock: bool, share: float) -> None:
-    """Of scoring that takes three times what the head alone was measured to take."""
+@pytest.mark.parametrize(("by_clock", "slower", "share"), [(True, 1, 0.02), (False, 1, 0.06), (True, 3, 0.06)])
+def test_what_scoring_took_is_what_is_spent(
+    monkeypatch: pytest.MonkeyPatch, by_clock: bool, slower: int, share: float
+) -> None:
+    """Of scoring that takes three times what the head alone was measured to take; the last time as all else does."""
     shadow, now, rounds = scorer((0.001, 0.1)), 0.0, 1000
-    shadow._by_clock = by_clock
+    shadow._by_clock, shadow.correction.verify = by_clock, slower
     costs = shadow._costs
     assert costs is not None
 

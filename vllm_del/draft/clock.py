@@ -120,16 +120,18 @@ def _shared_out(beyond: float, table: float, usual_overhead: float) -> tuple[flo
 class Pace:
     """How many rounds a plan serves, where making one takes long beside a round; of costs that all ranks agree on."""
 
-    def __init__(self, planning_seconds: float, costs: CostTables) -> None:
+    def __init__(self, planning_seconds: float, costs: CostTables, correction: Correction) -> None:
         self._seconds = planning_seconds
         self._costs = costs
+        self._correction = correction
 
     def rounds(self, num_rows: int, drafts: bool, age: int) -> int:
         """For so many sequences, by a plan with any drafts or one without, made when the batch was so many rounds old.
 
         Of new sequences little is known yet: what is learnt in their first rounds tells most.
         """
-        affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * self._costs.verify_seconds(num_rows)
+        verify = self._correction.verify * self._costs.verify_seconds(num_rows)
+        affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
         most = math.ceil(self._seconds / affordable) if affordable > 0 else 1
         return max(1, min(most, age, MOST_ROUNDS))
 

@@ -77,7 +77,7 @@ class DynamicPolicy:
         self._on_host = on_host
         self._stopwatch = stopwatch
         if planner and stopwatch:
-            planner.correction = stopwatch.correction
+            planner.correction = shadow.correction = stopwatch.correction
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)

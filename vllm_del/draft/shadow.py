@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_del.draft.head import Head
-from vllm_del.policy.cost import SHADOW_ROWS, CostTables
+from vllm_del.policy.cost import SHADOW_ROWS, Correction, CostTables
 
 PROMPT_POSITIONS = 32
 """How many of a prompt's last positions tell what to expect of the sequence (the paper's number)."""
@@ -46,6 +46,9 @@ class ShadowScorer:
         self._costs = costs
         self._share = share
         self._by_clock = by_clock
+        # Known while serving only: a machine that is slower is so in the head too.
+        self.correction = Correction()
+        # Seconds, as the clock has them.
         self._saved = 0.0
         # Of its own: drawing from torch's would change what unseeded requests sample.
         self._random = torch.Generator(device).manual_seed(0)
@@ -53,8 +56,8 @@ class ShadowScorer:
     def earn(self, tokens: int, drafts: bool) -> None:
         """A forward over so many tokens has run: its share is there to be spent, or less where nothing is drafted."""
         if self._costs is not None:
-            earned = self._share * (1 if drafts else IDLE) * self._costs.verify_seconds(tokens)
-            self._saved = min(self._saved + earned, self._costs.head_seconds(SHADOW_ROWS))
+            earned = self._share * (1 if drafts else IDLE) * self.correction.verify * self._costs.verify_seconds(tokens)
+            self._saved = min(self._saved + earned, self._head_seconds(SHADOW_ROWS))
 
     def affordable(self, wanted: int, most: int) -> int:
         """How many of `wanted` head rows to score now; 0 if it is better to go on saving.
@@ -64,12 +67,12 @@ class ShadowScorer:
         """
         if self._costs is None:
             return wanted
-        payable = self._costs.head_rows(self._saved)
+        payable = self._costs.head_rows(self._saved / self.correction.verify)
         # Not a few rows at the price of the whole weight while more of them cost little more.
         if payable < min(most, BURST):
             return 0
         number = min(wanted, payable)
-        self._saved -= self._costs.head_seconds(number)
+        self._saved -= self._head_seconds(number)
         return number
 
     def target_tokens(
@@ -81,8 +84,7 @@ class ShadowScorer:
         begun = time.perf_counter()
         tokens = torch.cat([self.whole_head(self._read_out(part))[0] for part in states.split(SHADOW_ROWS)])
         if self._costs is not None:
-            by_table = self._costs.head_seconds(len(states))
-            self._saved -= time.perf_counter() - begun if self._by_clock else by_table
+            self._saved -= time.perf_counter() - begun if self._by_clock else self._head_seconds(len(states))
         return tokens
 
     def score(
@@ -106,8 +108,12 @@ class ShadowScorer:
             agreements.append(agrees)
             probabilities.append(probability)
         if self._by_clock and self._costs is not None:
-            self._saved -= time.perf_counter() - begun - self._costs.head_seconds(len(at))
+            self._saved -= time.perf_counter() - begun - self._head_seconds(len(at))
         return torch.cat(agreements), torch.cat(probabilities)
+
+    def _head_seconds(self, rows: int) -> float:
+        assert self._costs is not None
+        return self.correction.verify * self._costs.head_seconds(rows)
 
     def choose(
         self,

@@ -57,9 +57,9 @@ def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
         measured = costs_of(vllm_config, Rehearsal(drafter), config.exits)
         costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
     heads = drafter.head, drafter.whole_head
-    shadow = ShadowScorer(network.read_out, *heads, costs, config.del_shadow_budget, device, by_clock)
 
     def build() -> DynamicPolicy:
+        shadow = ShadowScorer(network.read_out, *heads, costs, config.del_shadow_budget, device, by_clock)
         planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
         stopwatch = Stopwatch(costs, config.exits, by_clock) if costs else None
         exits, layers, slots = config.exits, network.num_layers, drafter.slots_of.number
@@ -68,5 +68,6 @@ def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
     policy = build()
     if costs is not None:
         # With another one, as it learns from what it is timed with.
-        policy.pace = Pace(planning_seconds(build(), min(8, vllm_config.scheduler_config.max_num_seqs), device), costs)
+        seconds = planning_seconds(build(), min(8, vllm_config.scheduler_config.max_num_seqs), device)
+        policy.pace = Pace(seconds, costs, policy.shadow.correction)
     return policy
