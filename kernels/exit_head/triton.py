@@ -277,8 +277,9 @@ def _merge_parts(
 ):
     """What all parts together say of some rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    parts = token_in, score_in, logit_in, log_sum_in
-    token, score, logit, log_sum = merged_rows(parts, row, num_parts, num_rows, PARTS)
+    token, score, logit, log_sum = merged_rows(
+        token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS
+    )
     is_row = row < num_rows
     tl.store(token_out + row, token, mask=is_row)
     tl.store(score_out + row, score, mask=is_row)
@@ -287,9 +288,8 @@ def _merge_parts(
 
 
 @triton.jit
-def merged_rows(parts, row, num_parts, num_rows, PARTS: tl.constexpr):
+def merged_rows(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS: tl.constexpr):
     """The best of the parts of each row, and the sum of their exponentials."""
-    token_in, score_in, logit_in, log_sum_in = parts
     part = tl.arange(0, PARTS)[:, None]
     is_part = (part < num_parts) & (row < num_rows)[None, :]
     at = part.to(tl.int64) * num_rows + row[None, :]

@@ -43,7 +43,6 @@ def _compare(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < num_rows
-    parts = token_in, score_in, logit_in, log_sum_in
-    token, _, logit, log_sum = merged_rows(parts, row, num_parts, num_rows, PARTS)
+    token, _, logit, log_sum = merged_rows(token_in, score_in, logit_in, log_sum_in, row, num_parts, num_rows, PARTS)
     tl.store(agrees + row, token == tl.load(expected + row, mask=is_row, other=0), mask=is_row)
     tl.store(probability + row, tl.exp(logit - log_sum), mask=is_row)

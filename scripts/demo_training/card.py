@@ -39,7 +39,7 @@ rotational curriculum (one exit in {rotation} at a step, weight {exit_scale}), t
 - Data: the standard library of Python {python}, {train_files:,} files, {train_tokens:,} tokens, read where it was
   installed; tables, encodings and data files left out; one file in {one_in}, by the hash of its path, held out.
 - Seen: {seen:,} tokens in {steps:,} steps: batches of 8 windows of 256, in the last two fifths
-  of 512, and one in nine of 2 windows of 2048.
+  4 of 512, and one in nine of 2 windows of 2048.
 - Muon for the matrices, AdamW for the rest; peak learning rate {lr}, cosine to zero; computed in {computed_in}.
 - Time: {wall:.1f} minutes by the clock, {cpu:.1f} minutes of processor time on each of {workers} cores:
   about what it takes where these have nothing else to do. {hardware}; torch {torch}.

@@ -31,7 +31,9 @@ class Muon(torch.optim.Optimizer):
             matrices = [p for p in group["params"] if p.grad is not None]
             updates = [torch.zeros_like(p) for p in matrices]
             for place, p in enumerate(matrices):
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - self._momentum)
                 if place % workers == rank:
                     updates[place] = orthogonal(p.grad.lerp(average, self._momentum).to(self._dtype)).to(p.dtype)

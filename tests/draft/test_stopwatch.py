@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.draft.test_no_waits import policy
 from tests.draft.test_pace import verified
 from vllm_del.draft import clock
 from vllm_del.draft.clock import AGAIN, LAST, Stopwatch
@@ -51,6 +52,8 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
+        # What scoring takes in each round, and has taken
+        self.scoring = self.scored = 0.0
         self.truth = Correction()
         monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", 1e-9)
@@ -58,8 +61,9 @@ class Machine:
     def round(self, stopwatch: Stopwatch, steps: list[tuple[int, int]], only_decodes: bool = True):
         """What was expected of a round, and what it took."""
         seconds = self.truth.draft * (DRAFTING if steps else 0.0) + self.truth.step * len(steps)
-        stopwatch.drafted(SLOTS, Launched(steps, seconds))
-        self.now += seconds + self.truth.verify * (WITH_DRAFTS if steps else ALONE) + self.truth.overhead
+        self.scored += self.scoring
+        stopwatch.drafted(SLOTS, Launched(steps, seconds), self.scored)
+        self.now += seconds + self.scoring + self.truth.verify * (WITH_DRAFTS if steps else ALONE) + self.truth.overhead
         return stopwatch.verified(SLOTS, ROWS + ROWS * len(steps), CONTEXTS, only_decodes)
 
 
@@ -108,6 +112,22 @@ def test_what_is_beyond_the_table_is_shared_out(monkeypatch: pytest.MonkeyPatch)
     assert expected == pytest.approx(took)
 
 
+def test_scoring_is_no_part_of_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it may take is a share of that, and must not grow by what it takes."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    for machine.scoring in (0.5, 3.0):
+        for _ in range(1 + LAST):
+            machine.round(stopwatch, STEPS)
+        assert stopwatch.correction == near(Correction())
+
+
+def test_all_go_by_the_same_correction() -> None:
+    mine = policy("goodput")
+    assert mine.planner is not None
+    assert mine._stopwatch is not None
+    assert mine.planner.correction is mine.shadow.correction is mine._stopwatch.correction
+
+
 def test_overhead_of_shallow_drafts_is_that_of_deep_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step takes beside its layers, whatever the exit, does not make deep ones look dear."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
@@ -115,7 +135,7 @@ def test_overhead_of_shallow_drafts_is_that_of_deep_ones(monkeypatch: pytest.Mon
     monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", 2 * clock.USUAL_FACTOR * shallow)
     slower, beside = 1.1, 0.4 * shallow
     for _ in range(1 + LAST):
-        stopwatch.drafted(SLOTS, Launched([(ROWS, 0)] * 2, 2 * (slower * shallow + beside)))
+        stopwatch.drafted(SLOTS, Launched([(ROWS, 0)] * 2, 2 * (slower * shallow + beside)), 0.0)
         machine.now += 2 * (slower * shallow + beside) + WITH_DRAFTS
         stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
     assert stopwatch.correction == near(Correction(slower, 1.0, 0.0, beside))
@@ -177,7 +197,7 @@ def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> 
         assert machine.round(stopwatch, STEPS, only_decodes=False) is None
         # Nor the one that began with it, whose rows did not all draft.
         assert machine.round(stopwatch, STEPS) is None
-        stopwatch.drafted(torch.arange(ROWS), Launched(STEPS, 99.0))
+        stopwatch.drafted(torch.arange(ROWS), Launched(STEPS, 99.0), 0.0)
         assert stopwatch.verified(SLOTS, 12, CONTEXTS, only_decodes=True) is None
         assert stopwatch.verified(SLOTS, 12, CONTEXTS, only_decodes=True) is None
     assert stopwatch.correction == Correction()

@@ -146,7 +146,7 @@ def _leave_equal_types_alone() -> None:
                         return broadcast_others(self, lhs, rhs)
                 elif lhs.type is rhs.type:
                     return lhs, rhs
-            elif kind is int or kind is float:
+            elif (kind is int or kind is float) and not lhs.dtype.is_ptr():
                 # Minus zero equals zero.
                 key = id(lhs.type), kind, rhs if rhs else str(rhs), arithmetic_check
                 if key in constants:
@@ -189,7 +189,8 @@ def _check_no_sums() -> None:
 
 
 def _hold_arrays_lightly() -> None:
-    """Each array is held with its type and attributes, of which few have any; each was looked at whether it fits."""
+    """Each array is held with its type, and attributes that few have, and was looked at whether it fits: now where it
+    leaves for memory."""
     from types import MappingProxyType
 
     import numpy
@@ -217,6 +218,14 @@ def _hold_arrays_lightly() -> None:
     InterpreterBuilder.create_load = lambda self, ptr, policy, volatile: self.create_masked_load(
         ptr, mask_of(ptr), None, policy, volatile
     )
+    store = InterpreterBuilder.create_masked_store
+
+    def store_what_fits(self: Any, ptrs: Any, value: Any, *rest: Any) -> Any:
+        element = ptrs.get_element_ty()
+        assert value.data.itemsize <= max(8, element.primitive_bitwidth) // 8, f"{value.data.dtype} into {element}"
+        return store(self, ptrs, value, *rest)
+
+    InterpreterBuilder.create_masked_store = store_what_fits
     InterpreterBuilder.create_store = lambda self, ptr, value, policy: self.create_masked_store(
         ptr, value, mask_of(ptr), policy
     )

@@ -30,9 +30,11 @@ def check(device: str, states: torch.Tensor, weight: torch.Tensor, target: torch
     return agrees, probability
 
 
-@pytest.mark.parametrize(("pairs", "vocabulary", "hidden"), [(0, 70, 16), (1, 1, 1), (5, 777, 37), (200, 300, 24)])
+@pytest.mark.parametrize(
+    ("pairs", "vocabulary", "hidden"), [(0, 70, 16), (1, 1, 1), (5, 777, 37), (200, 300, 24), (1100, 70, 4)]
+)
 def test_float32(on_triton: OnTriton, pairs: int, vocabulary: int, hidden: int) -> None:
-    """Of more pairs than a program computes together too."""
+    """Of more pairs than a program computes together too, and of more than one merges."""
     states, weight = numbers(pairs, hidden), numbers(vocabulary, hidden, seed=1)
     logits = states @ weight.T
     agrees, probability = on_triton(check, states, weight, expected_of(logits), {})

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.demo_training.muon import Muon
@@ -46,6 +48,32 @@ def test_muon_steps_as_the_one_of_torch_does() -> None:
             stepper.step()
     for one, other in zip(theirs, ours, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_workers_share_the_work_of_muon(tmp_path: Path) -> None:
+    """Two step as one does, in float32."""
+    alone = stepped()
+    mp.spawn(_step_together, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        for one, other in zip(alone, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def stepped() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 4), (4, 6), (5, 5))]
+    muon = Muon(matrices, 0.01, 0.1, torch.float32)
+    for _ in range(2):
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        muon.step()
+    return [matrix.detach() for matrix in matrices]
+
+
+def _step_together(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(stepped(), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
 
 
 def test_committed_model_is_small_and_of_the_promised_form() -> None:

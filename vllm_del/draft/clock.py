@@ -60,12 +60,15 @@ class Stopwatch:
         # Of this round: when it began, of which sequences it is, its draft steps, by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
         self._steps, self._drafted, self._tabled = 0, 0.0, 0.0
+        # And what scoring shadow tokens took, and had taken in all: it has a budget of its own
+        self._scoring, self._scored = 0.0, 0.0
         # Of what was verified last
         self._contexts, self._only_decodes = 0.0, False
 
-    def drafted(self, slots: torch.Tensor, launched: Launched) -> None:
-        """The drafts of these sequences are there."""
+    def drafted(self, slots: torch.Tensor, launched: Launched, scored: float) -> None:
+        """The drafts of these sequences are there. `scored` is what scoring has taken in all, seconds."""
         self._slots, self._steps, self._drafted = slots, len(launched.steps), launched.seconds
+        self._scoring, self._scored = scored - self._scored, scored
         self._tabled = sum(
             self._costs.draft_seconds(rows, self._depths[exit], self._contexts * rows / len(slots))
             for rows, exit in launched.steps
@@ -88,11 +91,11 @@ class Stopwatch:
         of, tabled = self.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
         expected = of.draft * self._tabled + of.step * self._steps + of.verify * tabled + of.overhead
         if self._learns:
-            self._learn(now - begun - self._drafted, tabled)
+            self._learn(now - begun - self._drafted - self._scoring, tabled)
         return expected, now - begun
 
     def _learn(self, rest: float, tabled: float) -> None:
-        """From a round of which all but the draft steps took `rest` seconds."""
+        """From a round of which all but draft steps and scoring took `rest` seconds."""
         of = self.correction
         self._tables.append(tabled)
         self._beyond.append(rest - tabled)
@@ -118,12 +121,19 @@ def _shared_out(beyond: float, table: float, usual_overhead: float) -> tuple[flo
 
 
 class Pace:
-    """How many rounds a plan serves, where making one takes long beside a round; of costs that all ranks agree on."""
+    """How many rounds a plan serves, where making one takes long beside a round."""
 
-    def __init__(self, planning_seconds: float, costs: CostTables, correction: Correction) -> None:
-        self._seconds = planning_seconds
+    def __init__(self, planning_seconds: float, costs: CostTables, correction: Correction, learns: bool) -> None:
         self._costs = costs
         self._correction = correction
+        self._learns = learns
+        # As measured at first, and then of the last plans
+        self._seconds = deque([planning_seconds] * AS_TABLED, maxlen=LAST)
+
+    def took(self, seconds: float) -> None:
+        """Observing and planning took so long by the host's clock: no word for ranks that have to agree."""
+        if self._learns:
+            self._seconds.append(seconds)
 
     def rounds(self, num_rows: int, drafts: bool, age: int) -> int:
         """For so many sequences, by a plan with any drafts or one without, made when the batch was so many rounds old.
@@ -132,7 +142,7 @@ class Pace:
         """
         verify = self._correction.verify * self._costs.verify_seconds(num_rows)
         affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
-        most = math.ceil(self._seconds / affordable) if affordable > 0 else 1
+        most = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
         return max(1, min(most, age, MOST_ROUNDS))
 
 

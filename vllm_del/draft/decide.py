@@ -4,6 +4,7 @@ A round goes `observe`, `plan`, drafting, `record`. Sequences are known by slots
 lives, whatever row of the batch it is in.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,8 @@ class DynamicPolicy:
         self.pace: Pace | None = None
         self._choice: Choice | None = None
         self._together = self._chosen_at = 0
+        # What observing took for the plan that is to be made, seconds
+        self._observing = 0.0
         self._bounds = Late((len(exits) - 1, max_length))
         # Whether the last round drafted, as far as the host knows
         self._drafts = True
@@ -132,6 +135,7 @@ class DynamicPolicy:
             if self._together - self._chosen_at < rounds:
                 return
         self._choice = None
+        begun, scored_before = time.perf_counter(), self.shadow.seconds
         if verified.ended:
             self._observe_prompts(slots, verified)
         matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
@@ -139,6 +143,7 @@ class DynamicPolicy:
         # The states of this round are there to ask the other exits.
         self._ask(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
         self.statistics.observe(slots, matched, confidence, scored)
+        self._observing = time.perf_counter() - begun - (self.shadow.seconds - scored_before)
 
     def _ask(
         self,
@@ -203,7 +208,10 @@ class DynamicPolicy:
         context: torch.Tensor,
     ) -> Plan:
         if self._choice is None:
+            begun = time.perf_counter()
             self._choice, self._chosen_at = self._choose(slots, limit, context), self._together
+            if self.pace is not None:
+                self.pace.took(self._observing + time.perf_counter() - begun)
         choice = self._choice
         # What there is room for may be less by now.
         exit, length = choice.exit, torch.minimum(choice.length, limit)
@@ -252,4 +260,4 @@ class DynamicPolicy:
         length = (tokens != NO_TOKEN).sum(1)
         self._last.keep(slots, Drafted(exit, length, self._expected, self._allowed, confidence))
         if self._stopwatch:
-            self._stopwatch.drafted(slots, launched)
+            self._stopwatch.drafted(slots, launched, self.shadow.seconds)

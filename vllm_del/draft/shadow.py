@@ -48,8 +48,8 @@ class ShadowScorer:
         self._by_clock = by_clock
         # Known while serving only: a machine that is slower is so in the head too.
         self.correction = Correction()
-        # Seconds, as the clock has them.
-        self._saved = 0.0
+        # Seconds, as the clock has them: what may be spent, and what scoring took so far.
+        self._saved, self.seconds = 0.0, 0.0
         # Of its own: drawing from torch's would change what unseeded requests sample.
         self._random = torch.Generator(device).manual_seed(0)
 
@@ -83,8 +83,7 @@ class ShadowScorer:
         """What the target says there, [positions] int64. Paid for afterwards."""
         begun = time.perf_counter()
         tokens = torch.cat([self.whole_head(self._read_out(part))[0] for part in states.split(SHADOW_ROWS)])
-        if self._costs is not None:
-            self._saved -= time.perf_counter() - begun if self._by_clock else self._head_seconds(len(states))
+        self._took(time.perf_counter() - begun, len(states), paid=0.0)
         return tokens
 
     def score(
@@ -107,9 +106,15 @@ class ShadowScorer:
             agrees, probability = self.head.agree(self._read_out(picked), expected)
             agreements.append(agrees)
             probabilities.append(probability)
-        if self._by_clock and self._costs is not None:
-            self._saved -= time.perf_counter() - begun - self._head_seconds(len(at))
+        self._took(time.perf_counter() - begun, len(at), paid=1.0)
         return torch.cat(agreements), torch.cat(probabilities)
+
+    def _took(self, seconds: float, rows: int, paid: float) -> None:
+        """Scoring took so long for so many rows of the head; of what the tables say of these a part is paid."""
+        self.seconds += seconds
+        if self._costs is not None:
+            by_table = self._head_seconds(rows)
+            self._saved -= (seconds if self._by_clock else by_table) - paid * by_table
 
     def _head_seconds(self, rows: int) -> float:
         assert self._costs is not None

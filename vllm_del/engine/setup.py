@@ -69,5 +69,5 @@ def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
     if costs is not None:
         # With another one, as it learns from what it is timed with.
         seconds = planning_seconds(build(), min(8, vllm_config.scheduler_config.max_num_seqs), device)
-        policy.pace = Pace(seconds, costs, policy.shadow.correction)
+        policy.pace = Pace(seconds, costs, policy.shadow.correction, by_clock)
     return policy
