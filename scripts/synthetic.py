@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from precision import computed_in
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -78,9 +79,8 @@ class Synthetic:
         )
         with torch.device("meta"):
             self.model = LlamaForCausalLM(config)
-        # Weights are of bfloat16. Older CPUs would emulate it, and compute in float32: so agreement is of float32.
-        is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        self.computed_in = torch.bfloat16 if is_fast else torch.float32
+        # Weights are of bfloat16; agreement is of what they are computed in.
+        self.computed_in = computed_in(device)
         self.model = self.model.to(self.computed_in).to_empty(device=device).eval()
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
         self._draw_layers()

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from precision import computed_in
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -79,9 +80,7 @@ class Trainer:
     computed_in: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
-        # What emulates bfloat16 is thirty times slower in it: AVX-512 is what tells, more or less.
-        is_fast = self.model.device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        self.computed_in = torch.bfloat16 if is_fast else torch.float32
+        self.computed_in = computed_in(self.model.device)
         hidden = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim == 1 or "embed" in n]
         lr, decay = self.recipe.lr, self.recipe.weight_decay
