@@ -5,14 +5,21 @@ every program of a grid. Here they are found out once, and what is no operation 
 one shape, is not gone through. What is computed stays the same: tests/kernels runs in it too.
 """
 
+import functools
+import inspect
+import itertools
 import math
 from typing import Any
+
+from tests.engine.quick_operations import OPERATORS, remembering, remembering_cast, remembering_load
 
 
 def make_it_quick() -> None:
     """Call in a process that interprets Triton, before any kernel is."""
-    _patch_the_language_once()
+    _patch_the_language_for_good()
+    _launch_lightly()
     _call_builtins_directly()
+    _name_pointers_once()
     _make_block_types_once()
     _make_tensors_of_known_shapes()
     _leave_equal_types_alone()
@@ -21,20 +28,56 @@ def make_it_quick() -> None:
     _hold_arrays_lightly()
 
 
-def _patch_the_language_once() -> None:
-    """It replaces `tl`'s functions anew at each call of a device function."""
-    import triton.language as tl
+def _patch_the_language_for_good() -> None:
+    """It replaces `tl`'s functions at each launch and each call of a device function, and takes them back after it."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, nothing_to_restore = interpreter._patch_lang, interpreter._LangPatchScope()
+    # The modules' variables that kernels see, kept, as their places in memory are what is looked for.
+    patched: dict[int, Any] = {}
 
-    def patch_unless_patched(function: Any) -> Any:
-        modules = [tl] * ("tl" in function.__globals__) + [tl.core] * ("core" in function.__globals__)
-        if modules and not any(tl.core.is_builtin(module.load) for module in modules):
-            return interpreter._LangPatchScope()
-        return patch(function)
+    def patch_once(function: Any) -> Any:
+        seen = function.__globals__
+        if id(seen) not in patched:
+            patched[id(seen)] = seen
+            patch(function)
+        return nothing_to_restore
 
-    interpreter._patch_lang = patch_unless_patched
+    interpreter._patch_lang = patch_once
+
+
+def _launch_lightly() -> None:
+    """A launch finds out the kernel's form anew, and takes all memory to the host and back: here it is one."""
+    from triton.runtime import interpreter, jit
+
+    @functools.cache
+    def form(function: Any) -> tuple[inspect.Signature, set[str]]:
+        kinds = inspect.get_annotations(function).items()
+        return inspect.signature(function), {name for name, kind in kinds if jit._normalize_ty(kind) == "constexpr"}
+
+    def launch(self: Any, *args: Any, **options: Any) -> None:
+        signature, constants = form(self.fn)
+        options = {name: value for name, value in options.items() if name in signature.parameters}
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        for hook in self.pre_run_hooks:
+            hook(*args, **options)
+        interpreter._patch_lang(self.fn)
+        values = {
+            name: value if name in constants else interpreter._implicit_cvt(value)
+            for name, value in bound.arguments.items()
+        }
+        grid = self.grid(values) if callable(self.grid) else self.grid
+        grid = (*grid, 1, 1)[:3]
+        interpreter.interpreter_builder.set_grid_dim(*grid)
+        for place in itertools.product(*map(range, grid)):
+            interpreter.interpreter_builder.set_grid_idx(*place)
+            self.fn(**values)
+
+    def initialise(self: Any, fn: Any, arg_names: Any, grid: Any, pre_run_hooks: Any = ()) -> None:
+        self.fn, self.grid, self.pre_run_hooks = fn, grid, pre_run_hooks
+
+    interpreter.GridExecutor.__init__, interpreter.GridExecutor.__call__ = initialise, launch
 
 
 def _call_builtins_directly() -> None:
@@ -49,6 +92,12 @@ def _call_builtins_directly() -> None:
             kwargs["_semantic"] = interpreter.interpreter_semantic
             return function(*args, **kwargs)
 
+        if owner is core.tensor and name in OPERATORS:
+            call = remembering(OPERATORS[name], call)
+        elif name == "load" and inspect.ismodule(owner):
+            call = remembering_load(call)
+        elif name == "to" and owner is core.tensor:
+            call = remembering_cast(call)
         scope.set_attr(owner, name, call)
 
     interpreter._patch_attr = patch_attribute
@@ -63,6 +112,14 @@ def _call_builtins_directly() -> None:
         return value if kind in never else unwrap(value)
 
     core._unwrap_if_constexpr = unwrap_at_a_look
+
+
+def _name_pointers_once() -> None:
+    """So that two of one kind are the same type."""
+    from triton import language
+
+    # As launches find it.
+    language.str_to_ty = functools.cache(language.str_to_ty)
 
 
 def _make_block_types_once() -> None:
