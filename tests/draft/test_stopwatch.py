@@ -150,6 +150,25 @@ def test_overhead_of_shallow_drafts_is_that_of_deep_ones(monkeypatch: pytest.Mon
     assert float(decision.draft_time) == pytest.approx(2 * (slower * deep + beside) + of_context)
 
 
+def test_exits_tell_what_goes_by_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables have layers too dear, as measured on a busy machine: steps to both exits are known for what they take."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", 0.5)
+    shallow, deep = (COSTS.draft_seconds(ROWS, depth, CONTEXTS) for depth in DEPTHS)
+    took = {0: 0.6 * shallow, 1: 0.6 * shallow + 0.25 * (deep - shallow)}
+    for place in range(LAST):
+        exit = int(place % 3 > 0)
+        # Some rounds take longer, at either exit.
+        seconds = took[exit] * (1.5 if place % 7 == 0 else 1.0)
+        stopwatch.drafted(SLOTS, Launched([(ROWS, exit)] * 2, 2 * seconds), 0.0)
+        machine.now += 2 * seconds + WITH_DRAFTS
+        stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
+    of = stopwatch.correction
+    assert of.draft * shallow + of.step == pytest.approx(took[0], rel=0.1)
+    assert of.draft * deep + of.step == pytest.approx(took[1], rel=0.05)
+    assert of.draft < 0.45
+
+
 def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first rounds either."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)

@@ -51,7 +51,7 @@ def _requests(rng: random.Random, runner: str) -> list[Arrival]:
             prompt=shared[: rng.randint(0, 80)] + _tokens(rng, rng.choice([1, 1, 2, 10, 60])),
             sampling={
                 "temperature": 0,
-                "max_tokens": rng.randint(1, 40 if runner == "v1" else 16),
+                "max_tokens": rng.randint(1, 24 if runner == "v1" else 16),
                 "ignore_eos": rng.random() < 0.8,
                 "stop_token_ids": _tokens(rng, rng.choice([0, 0, 3])),
                 "detokenize": False,

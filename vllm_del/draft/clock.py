@@ -22,6 +22,10 @@ beside these, in seconds: so the milliseconds that a small model takes longer ar
 and those of a large one mostly in proportion.
 """
 
+NOISE, LEAST_FACTOR = 0.05, 0.2
+"""By what share of it a step's time varies from round to round; and the least that drafts may take, in proportion to
+verification."""
+
 AGAIN = 8
 """Where nothing is drafted, every so many rounds count as one in which drafts were as fast as verification.
 
@@ -107,17 +111,46 @@ class Stopwatch:
         elif self._undrafted % AGAIN == 0:
             self._draft_steps.append(None)
         # A machine that is slower is so in all it does: beyond that is what drafts take more than verification.
-        beyond = median(seen[0] - of.verify * seen[1] if seen else 0.0 for seen in self._draft_steps)
-        tables = [seen[1] for seen in self._draft_steps if seen]
-        excess, of.step = _shared_out(beyond, median(tables), USUAL_STEP_OVERHEAD) if tables else (0.0, 0.0)
-        of.draft = of.verify + excess
+        steps = [(took - of.verify * tabled, tabled) for took, tabled in filter(None, self._draft_steps)]
+        excess = of.step = 0.0
+        if steps:
+            as_verified = [0.0] * (len(self._draft_steps) - len(steps))
+            beyond, table = (
+                median([*(beyond for beyond, _ in steps), *as_verified]),
+                median(tabled for _, tabled in steps),
+            )
+            excess, of.step = _shared_out(beyond, table, USUAL_STEP_OVERHEAD, _of_both_halves(steps, beyond, table))
+        # A step takes some time for its layers, whatever a slope of noise says.
+        of.draft = max(of.verify + excess, LEAST_FACTOR * of.verify)
 
 
-def _shared_out(beyond: float, table: float, usual_overhead: float) -> tuple[float, float]:
-    """Seconds beyond what is tabled, as a part of that and an overhead: they go where less of a surprise they are."""
-    in_proportion, apart = (USUAL_FACTOR * table) ** 2, usual_overhead**2 if beyond > 0 else 0.0
-    overhead = beyond * apart / (in_proportion + apart)
-    return (beyond - overhead) / table, overhead
+def _shared_out(
+    beyond: float, table: float, usual_overhead: float, slope: tuple[float, float] = (0.0, 0.0)
+) -> tuple[float, float]:
+    """Seconds beyond what is tabled, as a part of that and an overhead, which is never negative.
+
+    Least squares: of both in units of what is usual, and of what is known of the `slope`.
+    """
+    squares, products = slope
+    of_overhead = 1 / usual_overhead**2
+    excess = (products + of_overhead * beyond * table) / (squares + 1 / USUAL_FACTOR**2 + of_overhead * table**2)
+    overhead = beyond - excess * table
+    return (excess, overhead) if overhead > 0 else (beyond / table, 0.0)
+
+
+def _of_both_halves(steps: Sequence[tuple[float, float]], beyond: float, table: float) -> tuple[float, float]:
+    """What short steps and long ones say of the slope of what is beyond their tables, as two sums of least squares.
+
+    `steps` are pairs of these; of each half, by the table, the medians count, as seen from `beyond` and `table`. Steps
+    through as many layers say nothing; those to different exits tell what goes by the layer from what each step takes.
+    """
+    ordered, half = sorted(steps, key=lambda step: step[1]), len(steps) // 2
+    squares = products = 0.0
+    for part in (ordered[:half], ordered[half:]) if half else ():
+        weight = len(part) / (NOISE * table) ** 2
+        further, more = median(t for _, t in part) - table, median(b for b, _ in part) - beyond
+        squares, products = squares + weight * further**2, products + weight * further * more
+    return squares, products
 
 
 class Pace:

@@ -215,18 +215,21 @@ class DynamicPolicy:
         choice = self._choice
         # What there is room for may be less by now.
         exit, length = choice.exit, torch.minimum(choice.length, limit)
-        wanted = torch.stack(((exit * (length > 0)).max(), length.max()))
+        deepest, longest = (exit * (length > 0)).max(), length.max()
+        together, alike = choice.together, False
         if self._on_host:
-            deepest, longest = wanted.tolist()
+            deepest, longest = int(deepest), int(longest)
+            # Where rows that draft nothing leave is of no account.
+            together, alike = together and together.begin(), bool(((exit == deepest) | (length == 0)).all())
         else:
-            (deepest, longest), _ = self._bounds.exchange(wanted)
+            (deepest, longest), _ = self._bounds.exchange(torch.stack((deepest, longest)))
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
         stop_below, expected = (
             of.gather(1, exit.unsqueeze(1)).squeeze(1) for of in (choice.stop_below, choice.acceptance)
         )
         self._drafts = longest > 0
         self._expected, self._allowed = expected.nan_to_num(), limit > 0
-        return Plan(exit, length, stop_below, deepest, longest, choice.together)
+        return Plan(exit, length, stop_below, deepest, longest, together, alike)
 
     def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
         # In the type of a warm-up's: a kernel for another one would be compiled while serving.

@@ -10,7 +10,7 @@ nothing to roll back and no draft prefill.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
@@ -94,12 +94,14 @@ class Plan:
     longest: int
     # when all rows stop, where the host sees what they drafted; None: when each of them does
     together: Together | None = None
+    # whether the host knows that all rows leave after segment `deepest`
+    alike: bool = False
 
     @classmethod
     def uniform(cls, rows: int, exit: int, length: int, device: torch.device) -> "Plan":
         """The same for every row."""
         full = torch.full((rows,), exit, device=device), torch.full((rows,), length, device=device)
-        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length)
+        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length, alike=True)
 
     def take(
         self,
@@ -108,7 +110,9 @@ class Plan:
     ) -> "Plan":
         """The plan for some of the rows, where the host knows what is in it."""
         exit, together = self.exit[index], self.together and self.together.take(index)
-        return Plan(exit, self.length[index], self.stop_below[index], int(exit.max()), self.longest, together)
+        shallowest, deepest = exit.aminmax()
+        of_rows = exit, self.length[index], self.stop_below[index]
+        return Plan(*of_rows, int(deepest), self.longest, together, alike=bool(shallowest == deepest))
 
     def padded(self, num_rows: int, deepest: int, longest: int) -> "Plan":
         """The same with more rows, which draft nothing, and with other bounds: the shape that other ranks run too."""
@@ -150,7 +154,8 @@ def eager(segments: Sequence[Callable[..., Layers]], head: Head, attention: Atte
 
     def forward(step: int, rows: DraftRows, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         with attention(step, rows):
-            states = run_segments(segments[: plan.deepest + 1], rows.input_ids, rows.positions, plan.exit)
+            exit = None if plan.alike else plan.exit
+            states = run_segments(segments[: plan.deepest + 1], rows.input_ids, rows.positions, exit)
         return head(states)
 
     return forward
@@ -184,7 +189,7 @@ def draft(forward: Forward, rows: DraftRows, plan: Plan, max_model_len: int, dra
         to = rows.input_ids, place, drafts.tokens, drafts.confidence
         rows.advance(max_model_len, Said(token, confidence, step, plan.length, plan.stop_below, *to))
         if compact and plan.together is not None:
-            plan = replace(plan, together=plan.together.after(confidence))
+            plan.together.after(confidence)
     return Launched(steps, time.perf_counter() - begun)
 
 

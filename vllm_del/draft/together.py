@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Together:
     """What one more step of a round is expected to bring, and what it has to, on the host.
 
@@ -30,17 +30,22 @@ class Together:
     # [rows] float: how likely all drafts of the row so far are accepted
     survived: np.ndarray
 
+    def begin(self) -> "Together":
+        """The same for another round."""
+        return replace(self, survived=np.ones_like(self.survived))
+
     def after(
         self,
         # [rows] float32, on the host
         confidence: torch.Tensor,
-    ) -> "Together":
-        """The same once every row has drafted a token of such confidence."""
+    ) -> None:
+        """Every row has drafted a token of such confidence."""
         said, chance = confidence.numpy(), self.acceptance
         doubtful = said < self.doubt_below
         if doubtful.any():
-            chance = np.where(doubtful, (self.offset + self.slope * said).clip(0, 1), chance)
-        return replace(self, survived=self.survived * chance)
+            of_doubtful = np.minimum(np.maximum(self.offset + self.slope * said, 0), 1)
+            chance = np.where(doubtful, of_doubtful, chance)
+        self.survived *= chance
 
     def pays(
         self,
@@ -48,7 +53,7 @@ class Together:
         live: torch.Tensor,
     ) -> bool:
         """Whether one more step is worth its time."""
-        return bool(((self.survived * self.acceptance - self.itself) * live.numpy()).sum() >= self.shared)
+        return bool(np.dot(self.survived * self.acceptance - self.itself, live.numpy()) >= self.shared)
 
     def take(
         self,

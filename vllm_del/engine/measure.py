@@ -37,6 +37,9 @@ REPEATS = (2, 8)
 SECONDS_EACH = 0.25
 """A time is taken so often, or for so long."""
 
+BUSY = 1.5
+"""Costs that are so many times too large are measured again."""
+
 LONGEST_SECONDS = 6.0
 """No larger batch is tried once one table has taken this long; what is larger costs in proportion."""
 
@@ -54,8 +57,10 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     # Ranks may see different files: they measure together or not at all.
     measured = get_tp_group().broadcast_object(measured, src=0)
     if measured is not None:
-        logger.info_once("del: costs of a round read from %s", saved)
-        return measured
+        if not _takes_less_now(measured, rehearsal, exits):
+            logger.info_once("del: costs of a round read from %s", saved)
+            return measured
+        logger.info_once("del: %s was measured on a busy machine: measuring again", saved)
     begin = time.perf_counter()
     measured = get_tp_group().broadcast_object(_measure(vllm_config, rehearsal, exits), src=0)
     logger.info_once("del: costs of a round measured in %.1f s: %s", time.perf_counter() - begin, saved)
@@ -69,6 +74,16 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     except OSError as error:
         logger.warning("del: the costs are not kept for the next start: %s", error)
     return measured
+
+
+def _takes_less_now(saved: MeasuredCosts, rehearsal: Rehearsal, exits: list[int]) -> bool:
+    """Whether a step, or a verification, takes much less than was saved: what else the machine did was measured too."""
+    rows, tokens, context = saved.rows[0], saved.tokens[0], saved.context
+    draft = _seconds(rehearsal.drafting(rows, len(exits), context)) / rehearsal.steps
+    verify = _seconds(lambda: rehearsal.verify(tokens, saved.verify_each, context))
+    draft_saved = saved.step + exits[-1] * saved.layer[0] + saved.head[0]
+    less = draft_saved > BUSY * draft or saved.verify[0] > BUSY * verify
+    return bool(get_tp_group().broadcast_object(less, src=0))
 
 
 def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> float:

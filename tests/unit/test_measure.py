@@ -1,0 +1,92 @@
+"""Costs are measured once, and again where they were measured on a busy machine."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_del.engine import measure
+from vllm_del.policy.cost import MeasuredCosts
+
+EXITS = [2, 4]
+
+
+class Machine:
+    """Whose speed is set: all takes `slower` times as long as it might."""
+
+    steps, verify_each, context = 3, 1, 40
+    head_text = "LM head"
+
+    def __init__(self) -> None:
+        self.slower = self.verify_slower = 1.0
+        self.measured = 0
+
+    def drafting(self, rows: int, exits: int, context: int) -> Any:
+        assert (rows, exits, context) == (1, len(EXITS), self.context)
+        return lambda: self.slower * self.steps * (0.25 + 4 * 1.0 + 0.75)
+
+    def verify(self, tokens: int, each: int, context: int) -> float:
+        assert (tokens, each, context) == (1, self.verify_each, self.context)
+        return self.slower * self.verify_slower * 16.0
+
+    def measure(self, *_: Any) -> MeasuredCosts:
+        self.measured += 1
+        return MeasuredCosts(
+            step=self.slower * 0.25,
+            rows=(1,),
+            layer=(self.slower * 1.0,),
+            head_rows=(1,),
+            head=(self.slower * 0.75,),
+            tokens=(1,),
+            verify=(self.slower * self.verify_slower * 16.0,),
+            context=self.context,
+        )
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    machine = Machine()
+    group = SimpleNamespace(broadcast_object=lambda value, src: value)
+    monkeypatch.setattr(measure, "get_tp_group", lambda: group)
+    monkeypatch.setattr(measure, "_path", lambda *_: tmp_path / "vllm_del" / "costs.json")
+    monkeypatch.setattr(measure, "_measure", machine.measure)
+    monkeypatch.setattr(measure, "_seconds", lambda run: run())
+    return machine
+
+
+def start(machine: Machine) -> MeasuredCosts:
+    return measure.costs_of(None, machine, EXITS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("then", [0.7, 1.0, 1.4, 3.0])
+def test_a_later_start_reads_what_was_measured(machine: Machine, then: float) -> None:
+    """Also where the machine is slower by then: what is wrong of that passes."""
+    first = start(machine)
+    machine.slower = then
+    assert start(machine) == first
+    assert machine.measured == 1
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again(machine: Machine) -> None:
+    machine.slower = 2.0
+    start(machine)
+    machine.slower = 1.0
+    again = start(machine)
+    assert again == machine.measure()
+    assert start(machine) == again
+    assert machine.measured == 3
+
+
+def test_also_if_only_one_part_was(machine: Machine) -> None:
+    machine.verify_slower = 2.0
+    start(machine)
+    machine.verify_slower = 1.0
+    assert start(machine).verify == (16.0,)
+
+
+def test_a_file_of_something_else_is_measured_over(machine: Machine, tmp_path: Path) -> None:
+    first = start(machine)
+    (tmp_path / "vllm_del" / "costs.json").write_text("{}")
+    assert start(machine) == first
+    assert machine.measured == 2
