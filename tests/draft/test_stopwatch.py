@@ -169,6 +169,24 @@ def test_exits_tell_what_goes_by_the_layer(monkeypatch: pytest.MonkeyPatch) -> N
     assert of.draft < 0.45
 
 
+def test_steps_to_several_exits_are_forgotten_as_those_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once more rounds went without drafts than with, they are as fast as verification at any exit."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    monkeypatch.setattr(clock, "USUAL_STEP_OVERHEAD", 0.5)
+    seconds = [COSTS.draft_seconds(ROWS, depth, CONTEXTS) for depth in DEPTHS]
+    for place in range(LAST):
+        exit = int(place % 3 > 0)
+        stopwatch.drafted(SLOTS, Launched([(ROWS, exit)] * 2, 6 * seconds[exit]), 0.0)
+        machine.now += 6 * seconds[exit] + WITH_DRAFTS
+        stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
+    of = stopwatch.correction
+    assert [of.draft * tabled + of.step for tabled in seconds] == pytest.approx([3 * s for s in seconds], rel=0.1)
+    for _ in range(AGAIN * (LAST // 2 + 1)):
+        machine.round(stopwatch, [])
+    assert of.step < 0.1 * seconds[0]
+    assert [of.draft * tabled + of.step for tabled in seconds] == pytest.approx(seconds, rel=0.1)
+
+
 def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first rounds either."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)

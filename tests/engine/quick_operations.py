@@ -33,6 +33,9 @@ def remembering(compute: Any, operator: Any) -> Any:
     def learn(key: Any, left: Any, right: Any) -> Any:
         result, how, known[key] = operator(left, right), compute, None
         constant = None if type(right) is tensor else numpy.array([right])
+        # One bit wraps around; numpy says that true and true is true.
+        if left.dtype.is_int1() and compute in (numpy.add, numpy.subtract):
+            return result
         if left.dtype.is_ptr():
             width = max(1, left.handle.get_element_ty().primitive_bitwidth // 8)
             how = functools.partial(_shift, compute, width)
@@ -79,6 +82,7 @@ def remembering(compute: Any, operator: Any) -> Any:
 def remembering_cast(cast: Any) -> Any:
     """`tensor.to`, that goes the long way once for each two types."""
     from triton.language import core
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import TensorHandle
 
     known: dict[Any, Any] = {}
@@ -91,7 +95,9 @@ def remembering_cast(cast: Any) -> Any:
         if key not in known:
             result = cast(self, dtype)
             data = result.handle.data
-            if _is_plain(kind) and _is_plain(self.dtype) and _equal(self.handle.data.astype(data.dtype), data):
+            # A whole number may be held as one without a sign.
+            usual = _is_plain(kind) and data.dtype == interpreter._get_np_dtype(kind)
+            if usual and _is_plain(self.dtype) and _equal(self.handle.data.astype(data.dtype), data):
                 known[key] = data.dtype, result.handle.dtype, result.type, (self.type, kind)
             return result
         array_type, handle_type, result_type, _ = known[key]
@@ -123,10 +129,12 @@ def remembering_load(load: Any) -> Any:
         elif other and not _is_plain(element):
             return result
         else:
-            instead = numpy.full(shape, other or 0, array_type)
-        everywhere.setdefault(shape, numpy.ones(shape, dtype=bool))
-        types = pointer.type, getattr(mask, "type", None), getattr(other, "type", None)
-        known[key] = array_type, instead, element, result.type, types
+            instead = numpy.full(shape, numpy.asarray(0 if other is None else other).astype(array_type))
+        where = everywhere.setdefault(shape, numpy.ones(shape, dtype=bool)) if mask is None else mask.handle.data
+        filling = other.handle.data if instead is None else instead
+        if _equal(read(pointer.handle.data, where.astype(bool), filling, array_type), result.handle.data):
+            types = pointer.type, getattr(mask, "type", None), getattr(other, "type", None)
+            known[key] = array_type, instead, element, result.type, types
         return result
 
     def quick_load(pointer: Any, mask: Any = None, other: Any = None, **policy: Any) -> Any:

@@ -19,12 +19,12 @@ class Machine:
     head_text = "LM head"
 
     def __init__(self) -> None:
-        self.slower = self.verify_slower = 1.0
+        self.slower = self.draft_slower = self.verify_slower = 1.0
         self.measured = 0
 
     def drafting(self, rows: int, exits: int, context: int) -> Any:
         assert (rows, exits, context) == (1, len(EXITS), self.context)
-        return lambda: self.slower * self.steps * (0.25 + 4 * 1.0 + 0.75)
+        return lambda: self.slower * self.steps * (0.25 + 4 * self.draft_slower + 0.75)
 
     def verify(self, tokens: int, each: int, context: int) -> float:
         assert (tokens, each, context) == (1, self.verify_each, self.context)
@@ -35,7 +35,7 @@ class Machine:
         return MeasuredCosts(
             step=self.slower * 0.25,
             rows=(1,),
-            layer=(self.slower * 1.0,),
+            layer=(self.slower * self.draft_slower,),
             head_rows=(1,),
             head=(self.slower * 0.75,),
             tokens=(1,),
@@ -78,11 +78,23 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again(machine: Machine)
     assert machine.measured == 3
 
 
-def test_also_if_only_one_part_was(machine: Machine) -> None:
-    machine.verify_slower = 2.0
+@pytest.mark.parametrize("part", ["draft_slower", "verify_slower"])
+def test_also_if_only_one_part_was(machine: Machine, part: str) -> None:
+    setattr(machine, part, 2.0)
     start(machine)
-    machine.verify_slower = 1.0
-    assert start(machine).verify == (16.0,)
+    setattr(machine, part, 1.0)
+    assert start(machine) == machine.measure()
+
+
+def test_ranks_do_as_the_first_one_says(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They measure together, or wait for each other for ever."""
+    machine.slower = 2.0
+    first = start(machine)
+    machine.slower = 1.0
+    fast_enough = SimpleNamespace(broadcast_object=lambda value, src: False if isinstance(value, bool) else value)
+    monkeypatch.setattr(measure, "get_tp_group", lambda: fast_enough)
+    assert start(machine) == first
+    assert machine.measured == 1
 
 
 def test_a_file_of_something_else_is_measured_over(machine: Machine, tmp_path: Path) -> None:

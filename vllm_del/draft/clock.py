@@ -110,47 +110,57 @@ class Stopwatch:
             self._draft_steps.append((self._drafted / self._steps, self._tabled / self._steps))
         elif self._undrafted % AGAIN == 0:
             self._draft_steps.append(None)
+        self._learn_of_drafts()
+
+    def _learn_of_drafts(self) -> None:
         # A machine that is slower is so in all it does: beyond that is what drafts take more than verification.
+        of = self.correction
         steps = [(took - of.verify * tabled, tabled) for took, tabled in filter(None, self._draft_steps)]
-        excess = of.step = 0.0
-        if steps:
-            as_verified = [0.0] * (len(self._draft_steps) - len(steps))
-            beyond, table = (
-                median([*(beyond for beyond, _ in steps), *as_verified]),
-                median(tabled for _, tabled in steps),
-            )
-            excess, of.step = _shared_out(beyond, table, USUAL_STEP_OVERHEAD, _of_both_halves(steps, beyond, table))
+        if not steps:
+            of.draft, of.step = of.verify, 0.0
+            return
+        as_verified = [0.0] * (len(self._draft_steps) - len(steps))
+        beyond, table = median([more for more, _ in steps] + as_verified), median(tabled for _, tabled in steps)
         # A step takes some time for its layers, whatever a slope of noise says.
-        of.draft = max(of.verify + excess, LEAST_FACTOR * of.verify)
+        least = (LEAST_FACTOR - 1) * of.verify
+        excess, of.step = _shared_out(beyond, table, USUAL_STEP_OVERHEAD, _slope(steps, table), least)
+        of.draft = of.verify + excess
 
 
 def _shared_out(
-    beyond: float, table: float, usual_overhead: float, slope: tuple[float, float] = (0.0, 0.0)
+    beyond: float,
+    table: float,
+    usual_overhead: float,
+    slope: tuple[float, float] = (0.0, 0.0),
+    least: float = -math.inf,
 ) -> tuple[float, float]:
-    """Seconds beyond what is tabled, as a part of that and an overhead, which is never negative.
+    """Seconds beyond what is tabled, as a part of that, `least` or more, and an overhead, which is never negative.
 
     Least squares: of both in units of what is usual, and of what is known of the `slope`.
     """
     squares, products = slope
     of_overhead = 1 / usual_overhead**2
     excess = (products + of_overhead * beyond * table) / (squares + 1 / USUAL_FACTOR**2 + of_overhead * table**2)
-    overhead = beyond - excess * table
-    return (excess, overhead) if overhead > 0 else (beyond / table, 0.0)
+    overhead = beyond - max(excess, least) * table
+    return (max(excess, least), overhead) if overhead > 0 else (beyond / table, 0.0)
 
 
-def _of_both_halves(steps: Sequence[tuple[float, float]], beyond: float, table: float) -> tuple[float, float]:
-    """What short steps and long ones say of the slope of what is beyond their tables, as two sums of least squares.
+def _slope(steps: Sequence[tuple[float, float]], table: float) -> tuple[float, float]:
+    """What short and long draft steps say of the slope of what is beyond their tables: two sums of least squares.
 
-    `steps` are pairs of these; of each half, by the table, the medians count, as seen from `beyond` and `table`. Steps
-    through as many layers say nothing; those to different exits tell what goes by the layer from what each step takes.
+    `steps` are pairs of these, and `table` is what the tables mostly say. The medians of both halves count. Steps to
+    one exit say next to nothing; those to several tell what goes by the layer from what each step takes.
     """
-    ordered, half = sorted(steps, key=lambda step: step[1]), len(steps) // 2
-    squares = products = 0.0
-    for part in (ordered[:half], ordered[half:]) if half else ():
-        weight = len(part) / (NOISE * table) ** 2
-        further, more = median(t for _, t in part) - table, median(b for b, _ in part) - beyond
-        squares, products = squares + weight * further**2, products + weight * further * more
-    return squares, products
+    half = len(steps) // 2
+    if not half:
+        return 0.0, 0.0
+    ordered = sorted(steps, key=lambda step: step[1])
+    (less, short), (more, long) = (
+        (median(beyond for beyond, _ in part), median(tabled for _, tabled in part))
+        for part in (ordered[:half], ordered[half:])
+    )
+    weight = half * (len(steps) - half) / len(steps) / (NOISE * table) ** 2
+    return weight * (long - short) ** 2, weight * (long - short) * (more - less)
 
 
 class Pace:

@@ -94,14 +94,14 @@ class Plan:
     longest: int
     # when all rows stop, where the host sees what they drafted; None: when each of them does
     together: Together | None = None
-    # whether the host knows that all rows leave after segment `deepest`
+    # whether the host knows that all rows that draft leave after segment `deepest`; it takes the others out
     alike: bool = False
 
     @classmethod
     def uniform(cls, rows: int, exit: int, length: int, device: torch.device) -> "Plan":
         """The same for every row."""
         full = torch.full((rows,), exit, device=device), torch.full((rows,), length, device=device)
-        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length, alike=True)
+        return cls(*full, torch.full((rows,), torch.nan, device=device), exit, length)
 
     def take(
         self,

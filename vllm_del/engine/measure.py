@@ -60,7 +60,7 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         if not _takes_less_now(measured, rehearsal, exits):
             logger.info_once("del: costs of a round read from %s", saved)
             return measured
-        logger.info_once("del: %s was measured on a busy machine: measuring again", saved)
+        logger.info_once("del: a round takes much less than %s says: measuring again", saved)
     begin = time.perf_counter()
     measured = get_tp_group().broadcast_object(_measure(vllm_config, rehearsal, exits), src=0)
     logger.info_once("del: costs of a round measured in %.1f s: %s", time.perf_counter() - begin, saved)
@@ -77,7 +77,8 @@ def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
 
 
 def _takes_less_now(saved: MeasuredCosts, rehearsal: Rehearsal, exits: list[int]) -> bool:
-    """Whether a step, or a verification, takes much less than was saved: what else the machine did was measured too."""
+    """Whether a draft step, or a verification, of one sequence takes much less than was saved: then what else the
+    machine did was measured too."""
     rows, tokens, context = saved.rows[0], saved.tokens[0], saved.context
     draft = _seconds(rehearsal.drafting(rows, len(exits), context)) / rehearsal.steps
     verify = _seconds(lambda: rehearsal.verify(tokens, saved.verify_each, context))
