@@ -107,7 +107,7 @@ def main(
     fixed: Annotated[str, typer.Option(help="Fixed pairs exit:length, or exits with every length.")] = "3,5,8",
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
     tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 48,
-    heats: Annotated[int, typer.Option(help="Turns of every fixed pair.")] = 2,
+    heats: Annotated[int, typer.Option(help="Turns of every fixed pair.", min=1)] = 2,
     finalists: Annotated[int, typer.Option(help="Fixed pairs that run the final.")] = 3,
     repeats: Annotated[int, typer.Option(help="Turns of the final.")] = 10,
     dtype: str = "bfloat16",

@@ -25,11 +25,11 @@ LENGTHS = (
 NOT_DRAFTED = (
     "vllm:del_rounds_without_draft",
     "Rounds of a sequence without a draft. does_not_pay: the policy's choice; no_room: the KV cache is nearly full; "
-    "not_wanted: the request said so, or ends.",
+    "not_wanted: the request said so; ends: it wants no more tokens than verification brings.",
 )
 PLANNED = ("vllm:del_planned_seconds", "Time that rounds were to take, given what they drafted.")
 MEASURED = ("vllm:del_measured_seconds", "Time that these rounds took.")
-REASONS = ("does_not_pay", "no_room", "not_wanted")
+REASONS = ("does_not_pay", "no_room", "not_wanted", "ends")
 
 
 class Metrics:
@@ -76,7 +76,7 @@ class Metrics:
     def log_line(self) -> str | None:
         """What happened since the last line, if anything did."""
         seen, self._since_log = self._since_log, defaultdict(float)
-        rounds = seen["rounds"] + seen["no_room"] + seen["not_wanted"]
+        rounds = seen["rounds"] + sum(seen[reason] for reason in REASONS[1:])
         if not rounds:
             return None
         parts = [f"{(rounds - seen['without']) / rounds:.0%} of rounds drafted"]

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 KEY = "del"
+_WHERE = f"extra_args[{KEY!r}] (over HTTP: vllm_xargs)"
 _FORM = '{"enabled": true or false, "max_draft": a whole number from 0}'
 
 
@@ -25,9 +26,9 @@ def longest_wished(extra_args: dict[str, Any] | None, longest: int) -> int:
         try:
             wish = json.loads(wish)
         except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f"extra_args[{KEY!r}]={wish!r} is no JSON: give {_FORM}") from None
+            raise ValueError(f"{_WHERE}: {wish!r} is no JSON: give {_FORM}") from None
     if not isinstance(wish, dict):
-        raise ValueError(f"extra_args[{KEY!r}]={wish!r} is not understood: give {_FORM}")
+        raise ValueError(f"{_WHERE}: {wish!r} is not understood: give {_FORM}")
     enabled, max_draft = wish.get("enabled", True), wish.get("max_draft", longest)
     for name, value, is_good in (
         ("enabled", enabled, isinstance(enabled, bool)),
@@ -35,5 +36,5 @@ def longest_wished(extra_args: dict[str, Any] | None, longest: int) -> int:
         *((name, value, False) for name, value in wish.items() if name not in ("enabled", "max_draft")),
     ):
         if not is_good:
-            raise ValueError(f"extra_args[{KEY!r}][{name!r}]={value!r} is not understood: give {_FORM}")
+            raise ValueError(f"{_WHERE}: {name}={value!r} is not understood: give {_FORM}")
     return min(longest, max_draft) if enabled else 0

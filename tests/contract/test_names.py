@@ -151,6 +151,12 @@ class TestAttributes:
                 "engine/speculator.py, engine/verification.py",
             ),
             ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager", "graphs", "engine/graphs.py"),
+            ("vllm.v1.worker.gpu.input_batch:InputBatch", "max_query_len", "engine/patches.py"),
+            (
+                "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
+                "cg_mode max_query_len",
+                "engine/patches.py",
+            ),
             ("vllm.config:ModelConfig", "model get_total_num_hidden_layers", "config.py"),
             ("vllm.config:ParallelConfig", "tensor_parallel_size", "config.py"),
             (

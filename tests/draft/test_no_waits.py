@@ -35,7 +35,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in WAITING:
+        # So is a number that is put at places: it is copied to the device first.
+        number_put = name.startswith("index_put") and not args[2].dim()
+        if name in WAITING or number_put:
             self.seen.append(name)
             self.places.append(_place())
         return func(*args, **(kwargs or {}))
@@ -103,4 +105,5 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
     assert vocabulary.tokens.tolist() != list(range(HIDDEN // 2))
     with watch:
         assert torch.ones(2)[1].item() == 1
-    assert watch.seen, "the watch sees nothing"
+        torch.ones(2)[torch.tensor([1])] = 0
+    assert len(watch.seen) == 2, "the watch sees nothing"

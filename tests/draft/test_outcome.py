@@ -8,7 +8,6 @@ from tests.draft.test_pace import verified
 from vllm_del.draft.clock import Pace
 from vllm_del.draft.loop import Drafts, Launched
 from vllm_del.draft.outcome import Drafted, LastDrafts, Outcome, matches
-from vllm_del.policy.cost import Correction
 
 CPU = torch.device("cpu")
 
@@ -71,7 +70,7 @@ def test_matches_are_what_verification_kept() -> None:
 def test_rounds_without_a_new_plan_are_learnt_from_too(others_follow: bool) -> None:
     """When the next plan is made, or when the batch changes: then for those who drafted."""
     mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([5, 1, 0, 7])
-    mine.pace = Pace(1.0, mine.planner.costs, Correction(), learns=False)  # type: ignore[union-attr]
+    mine.pace = Pace(1.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
     mine.pace.rounds = lambda *_: 5  # type: ignore[method-assign]
     rows = len(slots)
     limit, tokens = torch.full((rows,), LENGTH), torch.ones(rows, LENGTH, dtype=torch.int64)

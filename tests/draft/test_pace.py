@@ -19,24 +19,26 @@ def verified(only_decodes: bool = True) -> Verified:
 def test_rounds_of_a_plan() -> None:
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
-    paces = [Pace(seconds * share, costs, Correction(), learns=False) for seconds in (0, 0.5, 1, 1.8, 3.5)]
+    paces = [Pace(seconds * share, costs, learns=False) for seconds in (0, 0.5, 1, 1.8, 3.5)]
     assert [pace.rounds(ROWS, True, 100) for pace in paces] == [1, 1, 1, 2, 4]
     assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 5, 10, MOST_ROUNDS, MOST_ROUNDS]
     # No longer than the sequences have been together, and no longer than this on any machine.
     assert [paces[-1].rounds(ROWS, True, age) for age in range(6)] == [1, 1, 2, 3, 4, 4]
     # Of a verification that takes half as long as was measured, and of planning that takes twice as long.
-    assert Pace(0.9 * share, costs, Correction(0.5, 0.5), learns=False).rounds(ROWS, True, 100) == 2
-    learning = Pace(0.9 * share, costs, Correction(), learns=True)
+    costs.correction = Correction(0.5, 0.5)
+    assert Pace(0.9 * share, costs, learns=False).rounds(ROWS, True, 100) == 2
+    costs.correction = Correction()
+    learning = Pace(0.9 * share, costs, learns=True)
     for _ in range(LAST):
         learning.took(1.8 * share)
     assert learning.rounds(ROWS, True, 100) == 2
-    assert Pace(1e6, costs, Correction(), learns=False).rounds(ROWS, True, 100) == MOST_ROUNDS
+    assert Pace(1e6, costs, learns=False).rounds(ROWS, True, 100) == MOST_ROUNDS
 
 
 def test_made_anew_when_due_or_for_others() -> None:
     mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
     costs, limit = mine.planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
-    mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs, Correction(), learns=False)
+    mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
     # So that drafting pays.
     mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.99).double()  # type: ignore[method-assign]
     made = []
@@ -58,7 +60,7 @@ def test_made_anew_when_due_or_for_others() -> None:
 
 def test_what_there_is_room_for_is_new_each_round() -> None:
     mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
-    mine.pace = Pace(1.0, policy("goodput").planner.costs, Correction(), learns=False)  # type: ignore[union-attr]
+    mine.pace = Pace(1.0, policy("goodput").planner.costs, learns=False)  # type: ignore[union-attr]
     for most in (LENGTH, 1, 0, 2):
         mine.observe(slots, verified())
         plan = mine.plan(slots, torch.full((ROWS,), most), torch.zeros(ROWS))
@@ -68,7 +70,7 @@ def test_what_there_is_room_for_is_new_each_round() -> None:
 def test_the_host_knows_the_bounds_two_rounds_late_however_long_a_choice_serves() -> None:
     """Not two choices late, in which steps would be launched that no row drafts in."""
     mine, slots = policy("goodput"), torch.tensor([3, 1, 0, 7])
-    mine.pace = Pace(100.0, mine.planner.costs, Correction(), learns=False)  # type: ignore[union-attr]
+    mine.pace = Pace(100.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
     seen = []
     for _ in range(4):
         mine.observe(slots, verified())

@@ -47,9 +47,9 @@ def test_what_scoring_took_is_what_is_spent(
 ) -> None:
     """Of scoring that takes three times what the head alone was measured to take; the last time as all else does."""
     shadow, now, rounds = scorer((0.001, 0.1)), 0.0, 1000
-    shadow._by_clock, shadow.correction.verify = by_clock, slower
     costs = shadow._costs
     assert costs is not None
+    shadow._by_clock, costs.correction.verify = by_clock, slower
 
     def logits(states: torch.Tensor) -> torch.Tensor:
         nonlocal now

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.draft.test_no_waits import policy
 from tests.draft.test_pace import verified
 from vllm_del.draft import clock
 from vllm_del.draft.clock import AGAIN, LAST, Stopwatch
@@ -45,6 +44,11 @@ DRAFTING = 2 * (0.25 + 4 * (1.0 + 0.001 * 60 * ROWS) + 0.75)
 # The four last tokens, and eight drafts with them.
 ALONE = 16.0 - 0.01 * 40 * 4 + 0.01 * CONTEXTS
 WITH_DRAFTS = 16.0 + 8.0 * 8 / 16 - 0.01 * 40 * 12 + 0.01 * CONTEXTS + 0.005 * 60 * 8
+
+
+@pytest.fixture(autouse=True)
+def nothing_learnt() -> None:
+    COSTS.correction = Correction()
 
 
 class Machine:
@@ -95,7 +99,7 @@ def test_a_machine_is_learnt_and_forgotten(
         for _ in range(LAST):
             expected, took = machine.round(stopwatch, STEPS)
         assert expected == pytest.approx(took)
-        assert stopwatch.correction == near(machine.truth)
+        assert COSTS.correction == near(machine.truth)
     expected, took = machine.round(stopwatch, [])
     assert expected == pytest.approx(took) == pytest.approx(ALONE)
 
@@ -107,7 +111,7 @@ def test_what_is_beyond_the_table_is_shared_out(monkeypatch: pytest.MonkeyPatch)
     machine.truth = Correction(1.0, 1.0, 3.0)
     for _ in range(1 + LAST):
         machine.round(stopwatch, STEPS)
-    assert stopwatch.correction == near(Correction(1.0, 1 + 1.5 / WITH_DRAFTS, 1.5))
+    assert COSTS.correction == near(Correction(1.0, 1 + 1.5 / WITH_DRAFTS, 1.5))
     expected, took = machine.round(stopwatch, STEPS)
     assert expected == pytest.approx(took)
 
@@ -118,14 +122,7 @@ def test_scoring_is_no_part_of_verification(monkeypatch: pytest.MonkeyPatch) -> 
     for machine.scoring in (0.5, 3.0):
         for _ in range(1 + LAST):
             machine.round(stopwatch, STEPS)
-        assert stopwatch.correction == near(Correction())
-
-
-def test_all_go_by_the_same_correction() -> None:
-    mine = policy("goodput")
-    assert mine.planner is not None
-    assert mine._stopwatch is not None
-    assert mine.planner.correction is mine.shadow.correction is mine._stopwatch.correction
+        assert COSTS.correction == near(Correction())
 
 
 def test_overhead_of_shallow_drafts_is_that_of_deep_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +135,8 @@ def test_overhead_of_shallow_drafts_is_that_of_deep_ones(monkeypatch: pytest.Mon
         stopwatch.drafted(SLOTS, Launched([(ROWS, 0)] * 2, 2 * (slower * shallow + beside)), 0.0)
         machine.now += 2 * (slower * shallow + beside) + WITH_DRAFTS
         stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
-    assert stopwatch.correction == near(Correction(slower, 1.0, 0.0, beside))
+    assert COSTS.correction == near(Correction(slower, 1.0, 0.0, beside))
     planner = Planner(torch.tensor(DEPTHS), COSTS, LENGTH)
-    planner.correction = stopwatch.correction
     context, rates = torch.full((ROWS,), 100), torch.tensor([[0.0, 0.9]] * ROWS, dtype=torch.float64)
     decision = planner.plan(rates, torch.full((ROWS,), 2), context)
     assert decision.length.tolist() == [2] * ROWS
@@ -163,7 +159,7 @@ def test_exits_tell_what_goes_by_the_layer(monkeypatch: pytest.MonkeyPatch) -> N
         stopwatch.drafted(SLOTS, Launched([(ROWS, exit)] * 2, 2 * seconds), 0.0)
         machine.now += 2 * seconds + WITH_DRAFTS
         stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
-    of = stopwatch.correction
+    of = COSTS.correction
     assert of.draft * shallow + of.step == pytest.approx(took[0], rel=0.1)
     assert of.draft * deep + of.step == pytest.approx(took[1], rel=0.05)
     assert of.draft < 0.45
@@ -179,7 +175,7 @@ def test_steps_to_several_exits_are_forgotten_as_those_to_one(monkeypatch: pytes
         stopwatch.drafted(SLOTS, Launched([(ROWS, exit)] * 2, 6 * seconds[exit]), 0.0)
         machine.now += 6 * seconds[exit] + WITH_DRAFTS
         stopwatch.verified(SLOTS, 3 * ROWS, CONTEXTS, True)
-    of = stopwatch.correction
+    of = COSTS.correction
     assert [of.draft * tabled + of.step for tabled in seconds] == pytest.approx([3 * s for s in seconds], rel=0.1)
     for _ in range(AGAIN * (LAST // 2 + 1)):
         machine.round(stopwatch, [])
@@ -193,7 +189,7 @@ def test_single_disturbances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for place in range(60):
         machine.truth = Correction(100.0, 1.0, 1000.0) if place % 5 < 2 else Correction()
         machine.round(stopwatch, STEPS)
-        assert stopwatch.correction == near(Correction())
+        assert COSTS.correction == near(Correction())
 
 
 @pytest.mark.parametrize("usual_step", [1e-9, 1.0])
@@ -208,12 +204,12 @@ def test_what_was_learnt_of_drafts_is_forgotten_where_nothing_is_drafted(
     machine.truth = Correction(3.0, verify)
     for _ in range(1 + LAST):
         machine.round(stopwatch, STEPS)
-    learnt, rounds = astuple(stopwatch.correction), 0
-    while stopwatch.correction.draft > verify + 1e-6 or stopwatch.correction.step > 1e-6:
-        assert astuple(stopwatch.correction) == pytest.approx(learnt)
+    learnt, rounds = astuple(COSTS.correction), 0
+    while COSTS.correction.draft > verify + 1e-6 or COSTS.correction.step > 1e-6:
+        assert astuple(COSTS.correction) == pytest.approx(learnt)
         machine.round(stopwatch, [])
         rounds += 1
-    assert stopwatch.correction == near(Correction(verify, verify))
+    assert COSTS.correction == near(Correction(verify, verify))
     assert rounds == AGAIN * (LAST // 2 + 1)
 
 
@@ -224,7 +220,7 @@ def test_without_drafts_they_are_as_fast_as_verification(monkeypatch: pytest.Mon
     for machine.truth in (Correction(9.0, 0.7), Correction(9.0, 1.5)):
         for _ in range(1 + LAST):
             machine.round(stopwatch, [])
-        assert stopwatch.correction == near(Correction(machine.truth.verify, machine.truth.verify))
+        assert COSTS.correction == near(Correction(machine.truth.verify, machine.truth.verify))
 
 
 def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +233,7 @@ def test_a_pause_and_a_prompt_are_no_rounds(monkeypatch: pytest.MonkeyPatch) -> 
         stopwatch.drafted(torch.arange(ROWS), Launched(STEPS, 99.0), 0.0)
         assert stopwatch.verified(SLOTS, 12, CONTEXTS, only_decodes=True) is None
         assert stopwatch.verified(SLOTS, 12, CONTEXTS, only_decodes=True) is None
-    assert stopwatch.correction == Correction()
+    assert COSTS.correction == Correction()
 
 
 def test_ranks_that_have_to_agree_are_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +242,7 @@ def test_ranks_that_have_to_agree_are_not_corrected(monkeypatch: pytest.MonkeyPa
     machine.truth = Correction(1.5, 1.0, 4.0)
     for _ in range(12):
         found = machine.round(stopwatch, STEPS)
-    assert stopwatch.correction == Correction()
+    assert COSTS.correction == Correction()
     assert found == pytest.approx((DRAFTING + WITH_DRAFTS, 1.5 * DRAFTING + WITH_DRAFTS + 4.0))
 
 

@@ -47,6 +47,8 @@ def test_the_same_text_and_drafts(host: Host, checkpoints: Path, architecture: s
     # Three rows are padded to four.
     assert replays[4, 0] > 0
     assert replays[4, 0] == replays[4, stages[4] - 1], "every step ends with the head"
+    # Each as it was recorded: for rows of the last token and three drafts, however few there are.
+    assert host.call(_bounds, model, spec) == {4}
     # Verifications too, of whatever lengths: more of them than there are rounds in which all draft the most.
     assert sum(replays[size, None] for size in SIZES) >= replayed.steps - 3
 
@@ -58,8 +60,8 @@ def test_costs_are_those_of_graphs(host: Host, checkpoints: Path) -> None:
     with _recorded(host, model, FIXED):
         replays = host.call(_rehearse, model, FIXED)
         again = host.generate(model, PROMPTS, GREEDY, FIXED, **ENGINE)
-    # Three steps of two rows; five tokens, padded to sixteen; two, padded to four.
-    assert replays == {(4, 0): 3, (4, 1): 3, (16, None): 1, (4, None): 1}
+    # All twice: three steps of two rows; five tokens, padded to sixteen; two, padded to four.
+    assert replays == {(4, 0): 6, (4, 1): 6, (16, None): 2, (4, None): 2}
     assert again == expected
 
 
@@ -101,6 +103,16 @@ def _record(model: str, spec: dict[str, Any]) -> dict[int, int]:
     runner = _runner(model, spec)
     replays = runner.replays = Counter()
 
+    prepare_attn, bounds = runner.model_state.prepare_attn, set()
+    runner.bounds = bounds
+
+    def noted(batch: Any, mode: CUDAGraphMode, *args: Any, **kwargs: Any) -> Any:
+        if mode == CUDAGraphMode.FULL:
+            bounds.add(batch.max_query_len or int(batch.num_scheduled_tokens.max()))
+        return prepare_attn(batch, mode, *args, **kwargs)
+
+    runner.model_state.prepare_attn = noted
+
     class Graph:
         def __init__(self, desc: Any, prepare: Any) -> None:
             self.key = desc.num_tokens, getattr(desc, "index", None)
@@ -135,6 +147,7 @@ def _forget(model: str, spec: dict[str, Any]) -> None:
     runner = _runner(model, spec)
     runner.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
     runner.cudagraph_manager.release_graphs()
+    del runner.model_state.prepare_attn
 
 
 def _rehearse(model: str, spec: dict[str, Any]) -> dict[tuple[int, int | None], int]:
@@ -143,10 +156,15 @@ def _rehearse(model: str, spec: dict[str, Any]) -> dict[tuple[int, int | None], 
 
     runner = _runner(model, spec)
     rehearsal = Rehearsal(runner.speculator)
+    rehearsal.at_once = 2  # as on a GPU, where it is a few
     rehearsal.drafting(2, 1, 20)()
     rehearsal.verify(5, 4, 20)
     rehearsal.verify(2, 1, 20)
     return dict(runner.replays)
+
+
+def _bounds(model: str, spec: dict[str, Any]) -> set[int]:
+    return _runner(model, spec).bounds
 
 
 def _replays(model: str, spec: dict[str, Any]) -> Counter:

@@ -47,6 +47,13 @@ def _kinds_of_changed_models(model: str, dtype: str) -> dict[str, str]:
     for name, compute_logits in changed.items():
         target.compute_logits = compute_logits
         kinds[name] = type(make_whole_head(target)).__name__
+    if dtype == "bfloat16":
+        # Large logits are rounded by as much more: no fault of the kernel's. (In float32 a CPU has its own copy.)
+        weight = target.lm_head.weight
+        weight.data.mul_(32)
+        target.compute_logits = plain
+        kinds["large"] = type(make_whole_head(target)).__name__
+        weight.data.div_(32)
     del target.compute_logits
     processor = target.logits_processor
     processor.head_dtype, before = torch.float64, processor.head_dtype
@@ -59,5 +66,5 @@ def _kinds_of_changed_models(model: str, dtype: str) -> dict[str, str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_not_fused_where_the_model_says_something_else(host: Host, checkpoints: Path, dtype: str) -> None:
     kinds = host.call(_kinds_of_changed_models, checkpoint(checkpoints, "llama"), dtype)
-    assert kinds.pop("as it is") == "FusedHead"
+    assert kinds.pop("as it is") == kinds.pop("large", "FusedHead") == "FusedHead"
     assert set(kinds.values()) == {"LogitsHead"}, kinds

@@ -82,6 +82,7 @@ def test_near_ties(scripts: None) -> None:
         known = {1: SimpleNamespace(logprob=-0.6), 2: SimpleNamespace(logprob=-0.65), 3: SimpleNamespace(logprob=-3.0)}
         return SimpleNamespace(token_ids=list(tokens), logprobs=[known] * len(tokens))
 
-    assert near_tie(text(1, 1), text(1, 2)) == pytest.approx(0.05)
-    assert near_tie(text(1, 1), text(1, 3)) is None
-    assert near_tie(text(1, 1), text(1, 9)) is None
+    assert near_tie(text(1, 1), text(1, 2), "bfloat16") == pytest.approx(0.05)
+    assert near_tie(text(1, 1), text(1, 2), "float32") is None
+    assert near_tie(text(1, 1), text(1, 3), "bfloat16") is None
+    assert near_tie(text(1, 1), text(1, 9), "bfloat16") is None

@@ -15,7 +15,7 @@ EXITS = [2, 4]
 class Machine:
     """Whose speed is set: all takes `slower` times as long as it might."""
 
-    steps, verify_each, context = 3, 1, 40
+    steps, at_once, verify_each, context = 3, 2, 1, 40
     head_text = "LM head"
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Machine:
 
     def verify(self, tokens: int, each: int, context: int) -> float:
         assert (tokens, each, context) == (1, self.verify_each, self.context)
-        return self.slower * self.verify_slower * 16.0
+        return self.at_once * self.slower * self.verify_slower * 16.0
 
     def measure(self, *_: Any) -> MeasuredCosts:
         self.measured += 1
@@ -102,3 +102,31 @@ def test_a_file_of_something_else_is_measured_over(machine: Machine, tmp_path: P
     (tmp_path / "vllm_del" / "costs.json").write_text("{}")
     assert start(machine) == first
     assert machine.measured == 2
+
+
+def table(most: int, each: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Places measured on a machine that takes `each` seconds for a token."""
+    now = 0.0
+
+    def seconds(tokens: int) -> float:
+        nonlocal now
+        now += each * tokens
+        return tokens / 8
+
+    monkeypatch.setattr(measure, "_since", lambda begin: now)
+    done, values = measure._table(measure._places(most), seconds, measure._between())
+    assert values == [place / 8 for place in done]
+    return done
+
+
+def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the few rows and tokens that most rounds are of; of more, ever fewer."""
+    fast = {1: [1], 2: [1, 2], 5: [1, 2, 3, 4, 5], 9: [*range(1, 10)], 40: [*range(1, 9), 12, 16, 24, 32, 40]}
+    assert {most: table(most, 0.0, monkeypatch) for most in fast} == fast
+    assert list(measure._places(512, factor=4)) == [1, 4, 16, 64, 256, 512]
+
+
+def test_a_slow_machine_measures_far_first_and_then_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table(256, 0.1, monkeypatch) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32]
+    assert table(256, 0.25, monkeypatch) == [1, 2, 3, 4, 5, 8, 16]
+    assert table(256, 9.0, monkeypatch) == [1]

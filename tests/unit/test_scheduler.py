@@ -49,6 +49,8 @@ class Seen:
     first: dict[str, int] = field(default_factory=dict)
     # lengths of placeholders or drafts by request, one a step
     lengths: dict[str, list[int]] = field(default_factory=dict)
+    # rounds of a sequence without a draft, by reason
+    undrafted: Counter[str] = field(default_factory=Counter)
 
 
 def make_scheduler(vllm_config: VllmConfig, num_blocks: int, is_async: bool) -> Any:
@@ -124,6 +126,8 @@ def _drive(scheduler: Any, sequences: list[Sequence], is_async: bool, drafts: bo
         under_way.append((output, result))
         if len(under_way) > is_async or not output.total_num_scheduled_tokens:
             scheduler.update_from_output(*under_way.popleft())
+    if drafts:
+        seen.undrafted = scheduler._undrafted
     return seen
 
 
@@ -220,6 +224,16 @@ def test_a_request_that_opts_out_drafts_nothing_beside_others_that_do(run) -> No
     on = run([Sequence(20, 40, extra_args=wish) for wish in wishes], 100, SPEC)
     assert [max(on.lengths[str(i)]) for i in range(4)] == [LONGEST, 0, 2, 0]
     assert on.accepted["0"] > on.accepted["2"] > 0
+
+
+def test_reasons_of_rounds_without_a_draft(run) -> None:
+    """A request that allows none; two that end with their last token; and three for whose drafts there is no room."""
+    out = {"del": {"enabled": False}}
+    assert set(run([Sequence(20, 10, extra_args=out)], 100, SPEC).undrafted) == {"not_wanted"}
+    assert set(run([Sequence(20, 1), Sequence(20, 2)], 100, SPEC).undrafted) == {"ends"}
+    on = run([Sequence(10, 22, acceptance=0.0)] * 3, 3 * 2 + 1, SPEC)
+    assert on.preemptions == 0
+    assert set(on.undrafted) == {"no_room", "ends"}
 
 
 def test_no_draft_past_the_end(run, is_async) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_del.draft.loop import Launched
-from vllm_del.policy.cost import Correction, CostTables
+from vllm_del.policy.cost import CostTables
 
 LAST, AS_TABLED = 31, 5
 """Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say, and
@@ -53,7 +53,6 @@ class Stopwatch:
         self._costs = costs
         self._depths = depths
         self._learns = learns
-        self.correction = Correction()
         # Of the last rounds that drafted: what a draft step took and what the tables say of it; None counts as a round
         # in which drafts were as fast as verification
         self._draft_steps: deque[tuple[float, float] | None] = deque([None] * AS_TABLED, maxlen=LAST)
@@ -92,7 +91,7 @@ class Stopwatch:
         self._contexts, self._only_decodes = contexts, only_decodes
         if not same or not before:
             return None
-        of, tabled = self.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
+        of, tabled = self._costs.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
         expected = of.draft * self._tabled + of.step * self._steps + of.verify * tabled + of.overhead
         if self._learns:
             self._learn(now - begun - self._drafted - self._scoring, tabled)
@@ -100,7 +99,7 @@ class Stopwatch:
 
     def _learn(self, rest: float, tabled: float) -> None:
         """From a round of which all but draft steps and scoring took `rest` seconds."""
-        of = self.correction
+        of = self._costs.correction
         self._tables.append(tabled)
         self._beyond.append(rest - tabled)
         excess, of.overhead = _shared_out(median(self._beyond), median(self._tables), USUAL_OVERHEAD)
@@ -114,7 +113,7 @@ class Stopwatch:
 
     def _learn_of_drafts(self) -> None:
         # A machine that is slower is so in all it does: beyond that is what drafts take more than verification.
-        of = self.correction
+        of = self._costs.correction
         steps = [(took - of.verify * tabled, tabled) for took, tabled in filter(None, self._draft_steps)]
         if not steps:
             of.draft, of.step = of.verify, 0.0
@@ -166,9 +165,8 @@ def _slope(steps: Sequence[tuple[float, float]], table: float) -> tuple[float, f
 class Pace:
     """How many rounds a plan serves, where making one takes long beside a round."""
 
-    def __init__(self, planning_seconds: float, costs: CostTables, correction: Correction, learns: bool) -> None:
+    def __init__(self, planning_seconds: float, costs: CostTables, learns: bool) -> None:
         self._costs = costs
-        self._correction = correction
         self._learns = learns
         # As measured at first, and then of the last plans
         self._seconds = deque([planning_seconds] * AS_TABLED, maxlen=LAST)
@@ -183,7 +181,7 @@ class Pace:
 
         Of new sequences little is known yet: what is learnt in their first rounds tells most.
         """
-        verify = self._correction.verify * self._costs.verify_seconds(num_rows)
+        verify = self._costs.correction.verify * self._costs.verify_seconds(num_rows)
         affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
         most = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
         return max(1, min(most, age, MOST_ROUNDS))

@@ -77,8 +77,6 @@ class DynamicPolicy:
         self.planner = planner
         self._on_host = on_host
         self._stopwatch = stopwatch
-        if planner and stopwatch:
-            planner.correction = shadow.correction = stopwatch.correction
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -196,7 +194,8 @@ class DynamicPolicy:
         scored, confidence = torch.zeros_like(matched), torch.zeros(shape, device=slots.device)
         matched[row, back - 1] = agrees.view(number, each)
         confidence[row, back - 1] = probability.view(number, each)
-        scored[row, back - 1] = True
+        # Of tensors on the device: a plain `True` would be copied there, and the host would wait.
+        scored[row, back - 1] = torch.ones_like(agrees).view(number, each)
         # A round of its own, before those of the drafts.
         self.statistics.observe(slots, *(values.unsqueeze(0) for values in (matched, confidence, scored)))
 

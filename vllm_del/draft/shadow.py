@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_del.draft.head import Head
-from vllm_del.policy.cost import SHADOW_ROWS, Correction, CostTables
+from vllm_del.policy.cost import SHADOW_ROWS, CostTables
 
 PROMPT_POSITIONS = 32
 """How many of a prompt's last positions tell what to expect of the sequence (the paper's number)."""
@@ -46,8 +46,6 @@ class ShadowScorer:
         self._costs = costs
         self._share = share
         self._by_clock = by_clock
-        # Known while serving only: a machine that is slower is so in the head too.
-        self.correction = Correction()
         # Seconds, as the clock has them: what may be spent, and what scoring took so far.
         self._saved, self.seconds = 0.0, 0.0
         # Of its own: drawing from torch's would change what unseeded requests sample.
@@ -56,7 +54,8 @@ class ShadowScorer:
     def earn(self, tokens: int, drafts: bool) -> None:
         """A forward over so many tokens has run: its share is there to be spent, or less where nothing is drafted."""
         if self._costs is not None:
-            earned = self._share * (1 if drafts else IDLE) * self.correction.verify * self._costs.verify_seconds(tokens)
+            verify = self._costs.correction.verify * self._costs.verify_seconds(tokens)
+            earned = self._share * (1 if drafts else IDLE) * verify
             self._saved = min(self._saved + earned, self._head_seconds(SHADOW_ROWS))
 
     def affordable(self, wanted: int, most: int) -> int:
@@ -67,7 +66,7 @@ class ShadowScorer:
         """
         if self._costs is None:
             return wanted
-        payable = self._costs.head_rows(self._saved / self.correction.verify)
+        payable = self._costs.head_rows(self._saved / self._costs.correction.verify)
         # Not a few rows at the price of the whole weight while more of them cost little more.
         if payable < min(most, BURST):
             return 0
@@ -118,7 +117,8 @@ class ShadowScorer:
 
     def _head_seconds(self, rows: int) -> float:
         assert self._costs is not None
-        return self.correction.verify * self._costs.head_seconds(rows)
+        # A machine that is slower is so in the head too.
+        return self._costs.correction.verify * self._costs.head_seconds(rows)
 
     def choose(
         self,

@@ -15,8 +15,9 @@ from vllm_del.kernels.backend import runs_triton
 
 logger = init_logger(f"vllm.{__name__}")
 
-TRIED_ROWS = 1, 17, 33, 65
-"""Rows of a batch for each way that kernels are compiled: not to be compiled, or tuned, while serving."""
+TRIED_ROWS = 16, 32, 64, 128
+"""Rows of a batch for each way that kernels are compiled: not to be compiled, or tuned, while serving. The most of
+each: a shape of block that suits few rows may be slow for many, and hardly the other way round."""
 
 
 def make_whole_head(target: nn.Module) -> FusedHead | LogitsHead:
@@ -27,6 +28,11 @@ def make_whole_head(target: nn.Module) -> FusedHead | LogitsHead:
         if agrees(fused, target, plain.weight):
             try_out(fused, plain.weight)
             return fused
+        logger.warning_once(
+            "del: %s does not say what the logits of %s say: drafts take these, which is slower",
+            fused,
+            type(target).__name__,
+        )
     return LogitsHead(target.compute_logits)
 
 
@@ -88,8 +94,11 @@ def _agrees(head: Head, target: nn.Module, weight: torch.Tensor, rows: int) -> b
     generator = torch.Generator(weight.device).manual_seed(rows)
     states = torch.randn(rows, weight.shape[1], device=weight.device, generator=generator).to(weight.dtype)
     token, probability = head(states)
-    logs = target.compute_logits(states).float().log_softmax(-1)
-    # Rounding may choose another of two tokens that are nearly as probable: it has to be as probable in the target.
-    near = 1e-4 if states.dtype == torch.float32 else 0.05
+    logits = target.compute_logits(states).float()
+    logs = logits.log_softmax(-1)
+    # Rounding may choose another of two tokens that are nearly as probable: it has to be as probable in the target,
+    # whose logits are rounded to the model's type.
+    slack = 1e-4 if states.dtype == torch.float32 else 0.05
+    near = slack + torch.finfo(states.dtype).eps * logits.amax(1).abs()
     of_token = logs.gather(1, token.unsqueeze(1)).squeeze(1)
     return bool(((of_token - probability.log()).abs() < near).all() and (logs.amax(1) - of_token < near).all())

@@ -30,7 +30,7 @@ from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 7
+FORMAT = 8
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -40,8 +40,9 @@ SECONDS_EACH = 0.25
 BUSY = 1.5
 """Costs that are so many times too large are measured again."""
 
-LONGEST_SECONDS = 6.0
-"""No larger batch is tried once one table has taken this long; what is larger costs in proportion."""
+LONGEST_SECONDS, BETWEEN_SECONDS = 6.0, 3.0
+"""No larger batch is tried once one table has taken this long; what is larger costs in proportion. And how much longer
+it may take for what is between those that were tried."""
 
 
 def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
@@ -81,7 +82,7 @@ def _takes_less_now(saved: MeasuredCosts, rehearsal: Rehearsal, exits: list[int]
     machine did was measured too."""
     rows, tokens, context = saved.rows[0], saved.tokens[0], saved.context
     draft = _seconds(rehearsal.drafting(rows, len(exits), context)) / rehearsal.steps
-    verify = _seconds(lambda: rehearsal.verify(tokens, saved.verify_each, context))
+    verify = _seconds(lambda: rehearsal.verify(tokens, saved.verify_each, context)) / rehearsal.at_once
     draft_saved = saved.step + exits[-1] * saved.layer[0] + saved.head[0]
     less = draft_saved > BUSY * draft or saved.verify[0] > BUSY * verify
     return bool(get_tp_group().broadcast_object(less, src=0))
@@ -122,21 +123,24 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     after_drafts = rehearsal.drafting(1, len(exits), near)
 
     def head_seconds(rows: int) -> float:
-        return _seconds(lambda: rehearsal.head(rows), before=after_drafts)
+        return _seconds(lambda: rehearsal.head(rows), before=after_drafts) / rehearsal.at_once
 
     def draft_seconds(rows: int) -> list[float]:
         """Of a draft step to the first exit, and to the last one."""
         return [_seconds(rehearsal.drafting(rows, n, near)) / rehearsal.steps for n in (1, len(exits))]
 
-    # Few places, so that the time for them goes up to the most.
     head_rows, head = _table(_places(max(SHADOW_ROWS, config.max_num_seqs), factor=4), head_seconds)
-    rows, steps = _table(_places(config.max_num_seqs), draft_seconds)
+    rows, steps = _table(_places(config.max_num_seqs), draft_seconds, _between())
     heads = np.interp(rows, head_rows, head)
     shallow, deep = np.maximum(np.transpose(steps) - heads, np.transpose(steps) / 10)
     step, layer = split_steps(shallow, deep, exits)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
-    tokens, verify = _table(_places(most), lambda n: _seconds(lambda: rehearsal.verify(n, each, near)))
+
+    def verify_seconds(tokens: int) -> float:
+        return _seconds(lambda: rehearsal.verify(tokens, each, near)) / rehearsal.at_once
+
+    tokens, verify = _table(_places(most), verify_seconds, _between())
     measured = MeasuredCosts(
         step=step,
         rows=tuple(rows),
@@ -159,8 +163,8 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         return max(0.0, more) / (number * (far - near))
 
     in_step = of_context(partial(rehearsal.drafting, number, len(exits))) / rehearsal.steps
-    alone = of_context(partial(partial, rehearsal.verify, number, 1))
-    with_drafts = of_context(partial(partial, rehearsal.verify, number * each, each))
+    alone = of_context(partial(partial, rehearsal.verify, number, 1)) / rehearsal.at_once
+    with_drafts = of_context(partial(partial, rehearsal.verify, number * each, each)) / rehearsal.at_once
     return replace(
         measured,
         layer_context=in_step / exits[-1],
@@ -169,27 +173,47 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     )
 
 
-def _table(places: Iterable[int], seconds: Callable) -> tuple[list[int], list]:
-    """`seconds(n)` at each of the growing `places`, as far as the time for it goes."""
-    done, values = [], []
-    begin = time.perf_counter()
+def _table(places: Iterable[int], seconds: Callable, between: Iterable[int] = ()) -> tuple[list[int], list]:
+    """`seconds(n)` at each of the growing `places`, as far as the time for it goes, and then at those `between`."""
+    values, begin = {}, time.perf_counter()
     for place in places:
-        done.append(place)
-        values.append(seconds(place))
-        if get_tp_group().broadcast_object(time.perf_counter() - begin, src=0) > LONGEST_SECONDS:
+        values[place] = seconds(place)
+        if _since(begin) > LONGEST_SECONDS:
             break
-    return done, values
+    last = max(values)
+    for place in between:
+        if place >= last or _since(begin) > LONGEST_SECONDS + BETWEEN_SECONDS:
+            break
+        values[place] = seconds(place)
+    done = sorted(values)
+    return done, [values[place] for place in done]
+
+
+def _since(begin: float) -> float:
+    """Seconds that have gone by, on which all ranks agree."""
+    return get_tp_group().broadcast_object(time.perf_counter() - begin, src=0)
 
 
 def _places(most: int, factor: int = 2) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`; with another factor 1 and its powers."""
+    """1 and the powers of `factor`, and `most`."""
     place = 1
     while place < most:
         yield place
-        if factor == 2 and place < place * 3 // 2 < most:
-            yield place * 3 // 2
         place *= factor
     yield most
+
+
+def _between() -> Iterator[int]:
+    """What is between powers of two, in the order of what it is worth: 3, 5, 6, 7, 12, 24, 48, ...
+
+    Few rows or tokens are what most rounds are of, and libraries for CPUs take them in blocks of their own: the sixth
+    may cost nothing and the seventh as much as three.
+    """
+    yield from (3, 5, 6, 7)
+    place = 12
+    while True:
+        yield place
+        place *= 2
 
 
 def _seconds(run: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:

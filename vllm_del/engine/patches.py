@@ -1,7 +1,7 @@
 """The ledger: every place where vLLM is patched, why, and what upstream change would end it.
 
 Each entry is one small function that gets the original first, and hands on what it does not know. They leave vLLM as
-it is for anyone who does not ask for `del`; the two marked [fault] mend vLLM in a process whose V1 runner did ask.
+it is for anyone who does not ask for `del`; the three marked [fault] mend vLLM in a process whose runner did ask.
 vLLM has no registry for speculators from outside its tree (RFCs vllm-project/vllm#36219 and #51212, both open); with
 one, the entries marked [registry] go.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import SchedulerConfig, VllmConfig
+from vllm.config import CUDAGraphMode, SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -162,6 +162,7 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
             import vllm.v1.worker.gpu.model_runner as runner_v2
 
             wrap(runner_v2, "init_speculator", _make_speculator)
+            wrap(runner_v2.GPUModelRunner, "prepare_inputs", _keep_to_the_graph)
         else:
             import vllm.v1.sample.rejection_sampler as sampler_v1
             from vllm.v1.spec_decode.draft_model import DraftModelProposer
@@ -247,6 +248,28 @@ def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **
 
     given = inspect.signature(original).bind(vllm_config, *args, **kwargs).arguments
     return DelSpeculator(vllm_config, given["device"])
+
+
+def _keep_to_the_graph(
+    original: Callable,
+    self: Any,
+    scheduler_output: Any,
+    batch_req_state: Any,
+    batch_desc: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """[fault] V2: attention's metadata are made for rows as long as those that a graph was recorded for.
+
+    Why: vLLM 0.32 makes them for the longest row of the batch, but for its adaptive verification. FlashAttention 3 lays
+    them out in another way where no row has more than one token (heads of up to 64 or more than 128), as in rounds
+    without drafts, and a graph that was recorded for longer rows would read something else from them. Goes when vLLM
+    takes the bound from the graph's descriptor.
+    """
+    batch = original(self, scheduler_output, batch_req_state, batch_desc, *args, **kwargs)
+    if batch_desc.cg_mode == CUDAGraphMode.FULL and batch_desc.max_query_len is not None:
+        batch.max_query_len = batch_desc.max_query_len
+    return batch
 
 
 def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,11 @@ STEPS = 3
 """Draft steps at once: what comes before each one in service comes before it here, so what the caches hold is alike."""
 
 
+AT_ONCE = 4
+"""And so many rounds, or forward passes, before the host waits for them, where the device is another one: in service
+the host prepares the next one meanwhile."""
+
+
 class Performer(Protocol):
     """A drafter, as far as it can do what it does in service for rows that nobody asked for."""
 
@@ -38,7 +43,10 @@ class Performer(Protocol):
 
 
 class Rehearsal:
-    """Each call is complete when it returns. Made-up rows read and write any blocks: nothing is served yet."""
+    """Each call is complete when it returns. Made-up rows read and write any blocks: nothing is served yet.
+
+    All is done `at_once` times in a call, and `steps` draft steps in all.
+    """
 
     def __init__(self, performer: Performer) -> None:
         self._performer = performer
@@ -50,26 +58,29 @@ class Rehearsal:
         budget = config.scheduler_config.max_num_batched_tokens
         self.verify_each = max(1, min(1 + config.num_speculative_tokens, budget, max_model_len - 1))
         most = max(1, max_model_len - self.verify_each)
-        # Of a round of drafts that is timed.
-        self.steps = min(STEPS, self.verify_each)
+        self.at_once = 1 if self._device.type == "cpu" else AT_ONCE
+        self._steps_of_round = min(STEPS, self.verify_each)
+        self.steps = self.at_once * self._steps_of_round
         self.context, self.long_context = min(CONTEXT, most), min(LONG_CONTEXT, most)
         self._make_up_blocks(config.scheduler_config.max_num_seqs)
 
     def drafting(self, rows: int, segments: int, context: int) -> Callable[[], None]:
-        """What runs `steps` draft steps through the first `segments` segments, from a context of so many tokens."""
-        longest = context + self.steps
+        """What runs draft steps through the first `segments` segments, from a context of so many tokens."""
+        steps = self._steps_of_round
+        longest = context + steps
         zeros = torch.zeros(rows, dtype=torch.int64, device=self._device)
         tokens, seq_lens, live = zeros.int(), (zeros + context).int(), zeros == 0
         padded = self._make_up_blocks(rows)
-        plan = Plan.uniform(padded, segments - 1, self.steps, self._device)
-        room = torch.zeros(padded, self.steps, device=self._device)
+        plan = Plan.uniform(padded, segments - 1, steps, self._device)
+        room = torch.zeros(padded, steps, device=self._device)
         drafts = Drafts(tokens=room.long(), confidence=room)
 
         @torch.inference_mode()
         def run() -> None:
-            made_up, forward = self._performer.made_up_round(rows, longest)
-            made_up.begin(tokens, seq_lens, zeros, live)
-            draft(forward, made_up, plan, longest, drafts, self._performer.compact)
+            for _ in range(self.at_once):
+                made_up, forward = self._performer.made_up_round(rows, longest)
+                made_up.begin(tokens, seq_lens, zeros, live)
+                draft(forward, made_up, plan, longest, drafts, self._performer.compact)
             self._wait()
 
         return run
@@ -78,14 +89,17 @@ class Rehearsal:
     def head(self, rows: int) -> None:
         """The head on so many rows."""
         shape = rows, self._model.get_hidden_size()
-        self._performer.head(torch.zeros(shape, dtype=self._model.dtype, device=self._device))
+        states = torch.zeros(shape, dtype=self._model.dtype, device=self._device)
+        for _ in range(self.at_once):
+            self._performer.head(states)
         self._wait()
 
     @torch.inference_mode()
     def verify(self, tokens: int, each: int, context: int) -> None:
         """A forward of the whole model with its logits and their argmax, over rows of `each` tokens."""
         rows, rest = divmod(tokens, each)
-        self._performer.made_up_verification([each] * rows + [rest] * (rest > 0), context)
+        for _ in range(self.at_once):
+            self._performer.made_up_verification([each] * rows + [rest] * (rest > 0), context)
         self._wait()
 
     def _make_up_blocks(self, rows: int) -> int:

@@ -127,7 +127,8 @@ class _SizesDrafts(Scheduler):
             if blocks is not None and length < self._most:
                 self._allowance.longest[request.request_id] = length
                 if not length and end >= request.num_tokens:
-                    self._undrafted["no_room" if wish else "not_wanted"] += 1
+                    unwished = "ends" if self._wished(request) else "not_wanted"
+                    self._undrafted["no_room" if wish else unwished] += 1
             return blocks
 
         end = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens + num_new_tokens

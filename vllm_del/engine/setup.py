@@ -48,17 +48,16 @@ def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
     length = config.num_speculative_tokens
     if not config.is_dynamic:
         return FixedPolicy(length)
-    costs = None
     on_host = not vllm_config.use_v2_model_runner
     # Where the host sees what the device does; and ranks that go by clocks of their own would plan differently, and
     # wait for each other for ever.
     by_clock = on_host and vllm_config.parallel_config.tensor_parallel_size == 1
-    if config.del_objective == "goodput":
-        measured = costs_of(vllm_config, Rehearsal(drafter), config.exits)
-        costs = CostTables(measured, vllm_config.scheduler_config.max_num_seqs, length, device)
+    max_rows, goodput = vllm_config.scheduler_config.max_num_seqs, config.del_objective == "goodput"
+    measured = costs_of(vllm_config, Rehearsal(drafter), config.exits) if goodput else None
     heads = drafter.head, drafter.whole_head
 
     def build() -> DynamicPolicy:
+        costs = CostTables(measured, max_rows, length, device) if measured else None
         shadow = ShadowScorer(network.read_out, *heads, costs, config.del_shadow_budget, device, by_clock)
         planner = Planner(torch.tensor(config.exits, device=device), costs, length) if costs else None
         stopwatch = Stopwatch(costs, config.exits, by_clock) if costs else None
@@ -66,8 +65,8 @@ def make_policy(drafter: Drafter) -> FixedPolicy | DynamicPolicy:
         return DynamicPolicy(exits, layers, length, slots, shadow, planner, device, on_host, stopwatch)
 
     policy = build()
-    if costs is not None:
+    if policy.planner is not None:
         # With another one, as it learns from what it is timed with.
-        seconds = planning_seconds(build(), min(8, vllm_config.scheduler_config.max_num_seqs), device)
-        policy.pace = Pace(seconds, costs, policy.shadow.correction, by_clock)
+        seconds = planning_seconds(build(), min(8, max_rows), device)
+        policy.pace = Pace(seconds, policy.planner.costs, by_clock)
     return policy

@@ -112,6 +112,8 @@ class CostTables:
 
     def __init__(self, measured: MeasuredCosts, max_rows: int, max_length: int, device: torch.device) -> None:
         self.measured = measured
+        # Known while serving only; all that read these tables go by it.
+        self.correction = Correction()
 
         def table(places: Sequence[int], values: Sequence[float], most: int) -> torch.Tensor:
             dense = _dense(places, values, most)

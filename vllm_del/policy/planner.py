@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_del.policy.cost import Correction, CostTables
+from vllm_del.policy.cost import CostTables
 from vllm_del.policy.objective import expected_tokens
 
 HYSTERESIS = 0.02
@@ -63,8 +63,6 @@ class Planner:
         # [rows + 1, exits], and what a token adds to the verification if all rows draft as many, [rows + 1, longest].
         self._shared, self._per_row = self._step_costs()
         self._per_token = self._token_costs()
-        # Known while serving only.
-        self.correction = Correction()
         self._price = torch.zeros((), dtype=torch.float64, device=depths.device)
         self._num_rows = 0
         # [exits, longest]: the last plan's shape, its deepest exit and longest draft
@@ -126,7 +124,7 @@ class Planner:
         return (total + favour * tokens).flatten().argmax().unsqueeze(0)
 
     def _rates(self, num_rows: int, context: torch.Tensor) -> Rates:
-        costs, of = self.costs, self.correction
+        costs, of = self.costs, self.costs.correction
         slower, overhead, step_overhead = (value / of.verify for value in (of.draft, of.overhead, of.step))
         verify = costs.verify[num_rows] + costs.verify_context * context.sum() + overhead
         return Rates(slower, step_overhead, verify)

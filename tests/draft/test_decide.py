@@ -1,0 +1,40 @@
+"""What a plan says to the round, where the host sees the device's values."""
+
+import pytest
+import torch
+
+from tests.draft.test_no_waits import EXITS, LENGTH, ROWS, policy
+from vllm_del.draft.decide import Choice
+
+SLOTS, ZEROS = torch.tensor([3, 1, 0, 7]), torch.zeros(ROWS, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("exit", "length", "limit", "alike", "deepest", "longest"),
+    [
+        ([1, 1, 1, 1], [3, 2, 1, 3], 3, True, 1, 3),
+        ([0, 0, 0, 0], [3, 2, 1, 3], 2, True, 0, 2),
+        ([0, 1, 1, 1], [3, 2, 1, 3], 3, False, 1, 3),
+        # Where rows that draft nothing leave is of no account, whether it is deeper or not.
+        ([0, 1, 1, 1], [0, 2, 1, 3], 3, True, 1, 3),
+        ([0, 1, 0, 0], [3, 0, 1, 3], 3, True, 0, 3),
+        ([0, 1, 0, 1], [3, 3, 3, 3], 0, True, 0, 0),
+    ],
+)
+def test_rows_that_leave_alike(
+    exit: list[int], length: list[int], limit: int, alike: bool, deepest: int, longest: int
+) -> None:
+    """By the plan for as many tokens as there is room for."""
+    mine = policy("goodput")
+    mine._on_host = True
+    known = torch.full((ROWS, len(EXITS)), 0.9)
+    mine._choose = lambda *_: Choice(SLOTS, torch.tensor(exit), torch.tensor(length), known, known.double())  # type: ignore[method-assign]
+    plan = mine.plan(SLOTS, torch.full((ROWS,), limit), ZEROS)
+    assert (plan.alike, plan.deepest, plan.longest) == (alike, deepest, longest)
+
+
+def test_a_host_that_only_launches_knows_of_none() -> None:
+    mine = policy("goodput")
+    known = torch.full((ROWS, len(EXITS)), 0.9)
+    mine._choose = lambda *_: Choice(SLOTS, ZEROS, ZEROS + LENGTH, known, known.double())  # type: ignore[method-assign]
+    assert [mine.plan(SLOTS, ZEROS + LENGTH, ZEROS).alike for _ in range(4)] == [False] * 4
