@@ -147,10 +147,16 @@ class TestAttributes:
             (
                 RUNNER_V2,
                 "vllm_config device req_states attn_groups decode_query_len lora_capture_cases ubatch_runner "
-                "cudagraph_manager kv_connector execute_model_state",
+                "cudagraph_manager kv_connector execute_model_state step_timing",
                 "engine/speculator.py, engine/verification.py",
             ),
             ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager", "graphs", "engine/graphs.py"),
+            (
+                "vllm.v1.worker.gpu.async_utils:StepTimingCollector",
+                "collect forward_end drafter_start drafter_end",
+                "engine/verification.py",
+            ),
+            ("vllm.v1.worker.gpu.async_utils:StepTimingSample", "forward_ms", "engine/verification.py"),
             ("vllm.v1.worker.gpu.input_batch:InputBatch", "max_query_len", "engine/patches.py"),
             (
                 "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
@@ -162,7 +168,7 @@ class TestAttributes:
             (
                 "vllm.config:VllmConfig",
                 "model_config parallel_config cache_config device_config lora_config kv_transfer_config "
-                "speculative_config offload_config use_v2_model_runner",
+                "speculative_config offload_config use_v2_model_runner weight_transfer_config",
                 "engine/support.py",
             ),
             ("vllm.config.offload:OffloadConfig", "offload_backend prefetch", "engine/support.py"),

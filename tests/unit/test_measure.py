@@ -28,7 +28,7 @@ class Machine:
 
     def verify(self, tokens: int, each: int, context: int) -> float:
         assert (tokens, each, context) == (1, self.verify_each, self.context)
-        return self.at_once * self.slower * self.verify_slower * 16.0
+        return self.slower * self.verify_slower * 16.0
 
     def measure(self, *_: Any) -> MeasuredCosts:
         self.measured += 1

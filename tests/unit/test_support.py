@@ -70,6 +70,14 @@ def test_copies_beside_weights_that_are_put_away(field, engine_config, monkeypat
     assert_one_problem(error.value, [f"{name}={value!r} with enable_sleep_mode=True"])
 
 
+def test_a_copy_of_weights_that_change(engine_config):
+    given = {"weight_transfer_config": {"backend": "nccl"}}
+    engine_config(speculative_config="del", **given)
+    with pytest.raises(ValueError, match="cannot serve this configuration") as error:
+        engine_config(speculative_config={"method": "del", "del_draft_head": "fp8"}, **given)
+    assert_one_problem(error.value, ["del_draft_head='fp8' with weight_transfer_config"])
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

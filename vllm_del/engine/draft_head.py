@@ -53,7 +53,8 @@ def _draft_head(
     fused = isinstance(whole, FusedHead)
     ready = fused and plain is not None and _has_fp8(plain)
     fp8 = config.del_draft_head == "fp8"
-    if config.del_draft_head == "auto" and ready and not vllm_config.model_config.enable_sleep_mode:
+    stays = not vllm_config.model_config.enable_sleep_mode and vllm_config.weight_transfer_config is None
+    if config.del_draft_head == "auto" and ready and stays:
         # By what is the same on every rank.
         ranks = vllm_config.parallel_config.tensor_parallel_size
         rows = -(-vllm_config.model_config.get_vocab_size() // ranks) if vocabulary is None else len(vocabulary.tokens)

@@ -82,7 +82,7 @@ def _takes_less_now(saved: MeasuredCosts, rehearsal: Rehearsal, exits: list[int]
     machine did was measured too."""
     rows, tokens, context = saved.rows[0], saved.tokens[0], saved.context
     draft = _seconds(rehearsal.drafting(rows, len(exits), context)) / rehearsal.steps
-    verify = _seconds(lambda: rehearsal.verify(tokens, saved.verify_each, context)) / rehearsal.at_once
+    verify = _seconds(lambda: rehearsal.verify(tokens, saved.verify_each, context))
     draft_saved = saved.step + exits[-1] * saved.layer[0] + saved.head[0]
     less = draft_saved > BUSY * draft or saved.verify[0] > BUSY * verify
     return bool(get_tp_group().broadcast_object(less, src=0))
@@ -136,11 +136,7 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     step, layer = split_steps(shallow, deep, exits)
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
-
-    def verify_seconds(tokens: int) -> float:
-        return _seconds(lambda: rehearsal.verify(tokens, each, near)) / rehearsal.at_once
-
-    tokens, verify = _table(_places(most), verify_seconds, _between())
+    tokens, verify = _table(_places(most), lambda n: _seconds(lambda: rehearsal.verify(n, each, near)), _between())
     measured = MeasuredCosts(
         step=step,
         rows=tuple(rows),
@@ -157,14 +153,14 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
 
     number = min(4, config.max_num_seqs, most // each)
 
-    def of_context(run: Callable[[int], Callable[[], None]]) -> float:
+    def of_context(run: Callable[[int], Callable[[], float | None]]) -> float:
         """Seconds for a row and a token more of its context, in what there is to run for a context."""
         more = _seconds(run(far)) - _seconds(run(near))
         return max(0.0, more) / (number * (far - near))
 
     in_step = of_context(partial(rehearsal.drafting, number, len(exits))) / rehearsal.steps
-    alone = of_context(partial(partial, rehearsal.verify, number, 1)) / rehearsal.at_once
-    with_drafts = of_context(partial(partial, rehearsal.verify, number * each, each)) / rehearsal.at_once
+    alone = of_context(partial(partial, rehearsal.verify, number, 1))
+    with_drafts = of_context(partial(partial, rehearsal.verify, number * each, each))
     return replace(
         measured,
         layer_context=in_step / exits[-1],
@@ -216,8 +212,9 @@ def _between() -> Iterator[int]:
         place *= 2
 
 
-def _seconds(run: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
+def _seconds(run: Callable[[], float | None], before: Callable[[], None] = lambda: None) -> float:
     """The shortest time of `run`, after a first time that does not count: what else the machine did only adds to it.
+    The host's clock tells, unless `run` does.
 
     As often as fits in `SECONDS_EACH`, within limits; all ranks as often as the first one. `before` is what comes
     before it in service: run over and over, a part of a model finds its weights in the caches of a CPU, and takes half
@@ -227,8 +224,8 @@ def _seconds(run: Callable[[], None], before: Callable[[], None] = lambda: None)
     def timed() -> float:
         before()
         begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
+        by_device = run()
+        return time.perf_counter() - begin if by_device is None else by_device
 
     first = get_tp_group().broadcast_object(timed(), src=0)
     fewest, most = REPEATS

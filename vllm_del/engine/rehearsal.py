@@ -18,8 +18,8 @@ STEPS = 3
 
 
 AT_ONCE = 4
-"""And so many rounds, or forward passes, before the host waits for them, where the device is another one: in service
-the host prepares the next one meanwhile."""
+"""And so many rounds of drafts before the host waits for them, where the device is another one: in service the host
+prepares the next one meanwhile."""
 
 
 class Performer(Protocol):
@@ -36,16 +36,17 @@ class Performer(Protocol):
         """What a round of at least so many rows, of contexts up to `longest` tokens, would draft with."""
         ...
 
-    def made_up_verification(self, lengths: list[int], context: int) -> None:
+    def made_up_verification(self, lengths: list[int], context: int) -> float | None:
         """A forward of the whole model with its logits and their argmax, over rows of so many tokens each, after
-        contexts of `context` tokens; or over as many tokens and as much context in other rows."""
+        contexts of `context` tokens; or over as many tokens and as much context in other rows. What it took by the
+        device's clock, in seconds, where that is not the host's."""
         ...
 
 
 class Rehearsal:
     """Each call is complete when it returns. Made-up rows read and write any blocks: nothing is served yet.
 
-    All is done `at_once` times in a call, and `steps` draft steps in all.
+    Drafts and the head are done `at_once` times in a call, `steps` draft steps in all.
     """
 
     def __init__(self, performer: Performer) -> None:
@@ -95,12 +96,13 @@ class Rehearsal:
         self._wait()
 
     @torch.inference_mode()
-    def verify(self, tokens: int, each: int, context: int) -> None:
-        """A forward of the whole model with its logits and their argmax, over rows of `each` tokens."""
+    def verify(self, tokens: int, each: int, context: int) -> float | None:
+        """A forward of the whole model with its logits and their argmax, over rows of `each` tokens. Seconds, where the
+        host's clock does not tell."""
         rows, rest = divmod(tokens, each)
-        for _ in range(self.at_once):
-            self._performer.made_up_verification([each] * rows + [rest] * (rest > 0), context)
+        seconds = self._performer.made_up_verification([each] * rows + [rest] * (rest > 0), context)
         self._wait()
+        return seconds
 
     def _make_up_blocks(self, rows: int) -> int:
         """Give rows blocks that differ as far as there are as many: reading one over and over would be too fast. How

@@ -107,9 +107,8 @@ class DelSpeculator(DraftModelSpeculator):
         bounds = torch.full((rows,), longest, dtype=torch.int32)
         return self._rows(batch.num_tokens), self._forward(batch, bounds, 0, longest, None)
 
-    def made_up_verification(self, lengths: list[int], context: int) -> None:
-        states = run_made_up(self.runner, lengths, context)
-        self.model.target.compute_logits(states).argmax(-1)
+    def made_up_verification(self, lengths: list[int], context: int) -> float | None:
+        return run_made_up(self.runner, self.model.target.compute_logits, lengths, context)
 
     @torch.inference_mode()
     def propose(

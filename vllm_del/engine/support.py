@@ -54,6 +54,9 @@ def _problems(vllm_config: VllmConfig) -> Iterator[str]:
         for field, value in (("del_draft_vocab", config.del_draft_vocab), ("del_draft_head", config.del_draft_head)):
             if value not in (None, "auto", "model"):
                 yield f"{field}={value!r} with enable_sleep_mode=True: leave one of them out"
+    if isinstance(config, DelConfig) and config.del_draft_head == "fp8" and vllm_config.weight_transfer_config:
+        # The copy would stay what the weights were.
+        yield "del_draft_head='fp8' with weight_transfer_config: leave one of them out"
     by_costs = isinstance(config, DelConfig) and config.is_dynamic and config.del_objective == "goodput"
     if parallel.data_parallel_size > 1 and model.is_moe and by_costs:
         # Every forward of such a model is one of all replicas: none may measure more, or draft deeper, than the others.

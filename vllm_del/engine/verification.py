@@ -1,5 +1,7 @@
 """Verifications on Model Runner V2: graphs for drafts of any lengths, and made-up ones for the measurement of costs."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +45,29 @@ def record_any_lengths(runner: "GPUModelRunner", cudagraph_mode: CUDAGraphMode) 
     )
 
 
-def run_made_up(runner: "GPUModelRunner", lengths: list[int], context: int) -> torch.Tensor:
+def run_made_up(
+    runner: "GPUModelRunner",
+    # of hidden states, [tokens, hidden size]
+    compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    lengths: list[int],
+    context: int,
+) -> float | None:
     """A forward over rows of so many tokens each, after `context` tokens, as the runner's own dummy steps are, and so
-    by the graphs that it has; the hidden states [tokens, hidden size]."""
+    by the graphs that it has, with its logits and their argmax.
+
+    Seconds, by vLLM's own stopwatch for such steps: the host's clock would have in it what the host does meanwhile in
+    service. None where the host is the device.
+    """
+    clock = runner.step_timing
+    with clock.collect() if runner.device.type != "cpu" else nullcontext([]) as timings:
+        compute_logits(_hidden_states(runner, lengths, context)).argmax(-1)
+        for done in (clock.forward_end, clock.drafter_start, clock.drafter_end):
+            done()
+    return timings[0].forward_ms / 1e3 if timings else None
+
+
+def _hidden_states(runner: "GPUModelRunner", lengths: list[int], context: int) -> torch.Tensor:
+    """Of such a forward, [tokens, hidden size]."""
     tokens, alike = sum(lengths), len({*lengths}) == 1
     batch = runner.cudagraph_manager.dispatch(
         len(lengths), tokens, lengths[0] if alike else None, num_active_loras=0, max_query_len=max(lengths)
