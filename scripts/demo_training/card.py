@@ -1,9 +1,6 @@
 """The model card: what the model is, how good it is, and how it came to be."""
 
-import platform
-from pathlib import Path
-
-import torch
+from typing import Any
 
 CARD = """\
 ---
@@ -26,26 +23,30 @@ float32. *Agreement*: how often the exit's most likely token is the last layer's
 of a draft of four by that exit, on the model's own greedy text (32 prompts), which repeats itself and so is easier
 to draft than real text.
 
-| layers run | loss (nats/token) | agreement | accepted of 4 |
-|---:|---:|---:|---:|
-{table}
+| layers run | loss (nats/token) | agreement | accepted of 4 | after the first part: loss | agreement | accepted |
+|---:|---:|---:|---:|---:|---:|---:|
+{scores}
 
 ## Training
 
-`scripts/train_demo_model.py`, seed {seed}: [LayerSkip](https://arxiv.org/abs/2404.16710) from scratch. Layer dropout
-rising exponentially with depth to {dropout} and with time, early-exit loss through the shared norm and head with the
-rotational curriculum (one exit in {rotation} at a step, weight {exit_scale}), the last layer always on.
+`scripts/train_demo_model.py`; `scripts/demo_training/recipe.py` has the recipe in full. First
+[LayerSkip](https://arxiv.org/abs/2404.16710) from scratch: layer dropout rising exponentially with depth to {dropout}
+and with time, early-exit loss through the shared norm and head with the rotational curriculum, the last layer always
+on. Then a shorter part in which the last layer learns from its exits too: where several tokens are about as likely it
+comes to say the one that they say. That costs it some of its own loss, and gains what drafts are accepted by.
 
 - Data: the standard library of Python {python}, {train_files:,} files, {train_tokens:,} tokens, read where it was
   installed; tables, encodings and data files left out; one file in {one_in}, by the hash of its path, held out.
-- Seen: {seen:,} tokens in {steps:,} steps: batches of 8 windows of 256, in the last two fifths
-  4 of 512, and one in nine of 2 windows of 2048.
-- Muon for the matrices, AdamW for the rest; peak learning rate {lr}, cosine to zero; computed in {computed_in}.
-- Time: {wall:.1f} minutes by the clock, {cpu:.1f} minutes of processor time on each of {workers} cores:
-  about what it takes where these have nothing else to do. {hardware}; torch {torch}.
+- Batches of 8 windows of 256; from three fifths of the first part on 4 of 512, and one in nine of 2 windows of 2048.
+- Muon for the matrices, AdamW for the rest; learning rates of {rates} at their peaks, cosine to zero.
+- Time: {minutes:.1f} minutes by the clock.
 
-A run with the same Python and torch repeats it, but for the order of floating-point sums and, if `--minutes` ended it,
-the number of steps.
+| part | seed | tokens | steps | minutes | of processor time on each core | cores | computed in | on |
+|---:|---:|---:|---:|---:|---:|---:|---|---|
+{took}
+
+A run with the same Python and torch repeats it, but for the order of floating-point sums and, if `--minutes` ended a
+part, the number of steps.
 
 ## Sample
 
@@ -62,10 +63,20 @@ The weights: Apache-2.0. They were trained on the source of CPython's standard l
 """
 
 
-def hardware() -> str:
-    """The processor's name, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return device + (names[0] if names else platform.machine())
+def scores_of(records: list[dict[str, Any]]) -> str:
+    """Rows of the exits: after the last part, and after the first."""
+    rows = []
+    for now, before in zip(records[-1]["scores"], records[0]["scores"], strict=True):
+        cells = [f"{s['loss']:.3f} | {s['agreement']:.3f} | {s['accepted']:.2f}" for s in (now, before)]
+        rows.append(f"| {now['depth']} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def took_by(records: list[dict[str, Any]]) -> str:
+    """Rows of the parts."""
+    rows = []
+    for part, of in enumerate(records, start=1):
+        counts = part, of["seed"], f"{of['tokens']:,}", f"{of['steps']:,}", of["minutes"], of["processor_minutes"]
+        where = of["workers"], of["computed_in"], f"{of['hardware']}, torch {of['torch']}"
+        rows.append(f"| {' | '.join(map(str, (*counts, *where)))} |")
+    return "\n".join(rows)

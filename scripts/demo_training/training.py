@@ -1,19 +1,4 @@
-"""Training by the LayerSkip recipe.
-
-The recipe is LayerSkip's (Elhoushi et al., 2024, https://arxiv.org/abs/2404.16710, section 4), for L layers
-l = 0..L-1 and training progress t in [0, 1]:
-
-* layer dropout: a sequence skips layer l with probability  S(t) * D(l) * p_max,  D(l) = exp(l ln2 / (L-1)) - 1
-  and, as training starts from scratch, S(t) = exp(t ln2) - 1: rare in early layers and early in training;
-* early-exit loss: every layer is read out through the *same* final norm and LM head, and
-  J = sum_l e~(l) CE(head(norm(x_{l+1})), y)  with  e~(l) = C(t, l) e(l) / sum_i C(t, i) e(i);
-* rotational curriculum: C(t, l) is 1 for every R-th layer, shifted by one each step, and always for the last layer.
-
-Differences, each of them in aid of a small budget: e(l) is the same for all exits (the paper's grows with l; this
-favours exits at the first few layers, which are the cheap drafts of a small model); an exit is scored on half of the
-positions of its step; and its target turns, as training goes on, from the text alone to what the last layer makes of
-the text, (1 - t) y + t softmax(head(norm(x_L))): a draft has to be what the last layer would say, right or wrong.
-"""
+"""Training: one part of the recipe, from one folder's checkpoint, or from scratch, to another's. See `recipe.py`."""
 
 import ctypes
 import json
@@ -30,51 +15,23 @@ from precision import computed_in
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from demo_training.muon import Muon
-from demo_training.text import BOS_ID, EOS_ID
+from demo_training.recipe import Part, Recipe
+from demo_training.text import BOS_ID
 
 console = Console()
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything the result depends on besides the text and the seed."""
-
-    layers: int = 8
-    width: int = 256
-    vocab: int = 4096
-    tokens: int = 14_000_000
-    lr: float = 3e-3
-    weight_decay: float = 0.1
-    dropout: float = 0.1  # p_max of layer dropout
-    exit_scale: float = 1.0  # e(l) of an early exit; the last layer has 1
-    rotation: int = 4  # R: one exit in R is scored at a step ...
-    stride: int = 2  # ... on one position in `stride`
-
-    def config(self) -> LlamaConfig:
-        heads = max(1, self.width // 64)
-        return LlamaConfig(
-            vocab_size=self.vocab, hidden_size=self.width, num_hidden_layers=self.layers, head_dim=64,
-            num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), intermediate_size=self.width * 11 // 4,
-            max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=BOS_ID, eos_token_id=EOS_ID,
-        )  # fmt: skip
-
-    def batch(self, step: int, progress: float) -> tuple[int, int]:
-        """Windows in a batch and their length: many small steps do more here than few big ones. Short at first, as
-        attention is dear on a CPU; then longer, one in nine of the full context (nine, so that every exit sees some).
-        """
-        if progress < 0.6:
-            return 8, 256
-        return (2, 2048) if step % 9 == 0 else (4, 512)
+TOOK = "took.json"
+"""In a model's folder: what a part of its training took."""
 
 
 @dataclass
 class Trainer:
     model: LlamaForCausalLM
     recipe: Recipe
+    part: Part
     generator: torch.Generator
     losses: dict[int, float] = field(default_factory=dict)  # smoothed, by number of layers
     computed_in: torch.dtype = field(init=False)
@@ -83,16 +40,16 @@ class Trainer:
         self.computed_in = computed_in(self.model.device)
         hidden = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim == 1 or "embed" in n]
-        lr, decay = self.recipe.lr, self.recipe.weight_decay
+        lr, decay = self.part.lr, self.recipe.weight_decay
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(hidden, lr, decay, self.computed_in),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
 
-    def layer_dropout(self, progress: float, batch: int, device: torch.device) -> Tensor:
+    def layer_dropout(self, time: float, batch: int, device: torch.device) -> Tensor:
         """Which sequences go through which layers: bool [L, B, 1, 1]."""
         depth = torch.arange(self.recipe.layers) / (self.recipe.layers - 1)
-        skip = self.recipe.dropout * (2.0**progress - 1) * (2.0**depth - 1)
+        skip = self.recipe.dropout * (2.0**time - 1) * (2.0**depth - 1)
         keep = torch.rand(self.recipe.layers, batch, generator=self.generator) >= skip[:, None]
         return keep[:, :, None, None].to(device)
 
@@ -107,38 +64,44 @@ class Trainer:
             states.append(x)
         return states
 
-    def loss(self, windows: Tensor, step: int, progress: float) -> Tensor:
-        """The early-exit loss J of windows [B, T + 1]."""
-        r = self.recipe
+    def loss(self, windows: Tensor, step: int, time: float) -> Tensor:
+        """The early-exit loss J of windows [B, T + 1] at time t."""
+        layers, part = self.recipe.layers, self.part
         norm, head = self.model.model.norm.weight, self.model.lm_head.weight
         ids, labels = windows[:, :-1], windows[:, 1:].flatten()
-        states = self.trunk(ids, self.layer_dropout(progress, len(ids), ids.device))
+        states = self.trunk(ids, self.layer_dropout(time, len(ids), ids.device))
         logits = read_out(states[-1].flatten(0, 1), norm, head)
-        total = {r.layers: F.cross_entropy(logits, labels)}
-        some = slice(step // r.rotation % r.stride, None, r.stride)
-        target = logits.detach()[some].softmax(-1).mul_(progress)
-        target[torch.arange(len(target)), labels[some]] += 1 - progress
-        for depth in range(1 + step % r.rotation, r.layers, r.rotation):
-            total[depth] = F.cross_entropy(read_out(states[depth - 1].flatten(0, 1)[some], norm, head), target)
-        for depth, value in total.items():
+        losses = {layers: F.cross_entropy(logits, labels)}
+        total, weights = losses[layers], 1.0
+        some = slice(step // part.rotation % part.stride, None, part.stride)
+        log_p = logits[some].log_softmax(-1)
+        p = log_p.exp()
+        target = p.detach() * time
+        target[torch.arange(len(target)), labels[some]] += 1 - time
+        for depth in range(1 + step % part.rotation, layers, part.rotation):
+            log_q = read_out(states[depth - 1].flatten(0, 1)[some], norm, head).log_softmax(-1)
+            losses[depth] = -(target * log_q).sum(-1).mean()
+            meeting = (p * (log_p - log_q.detach())).sum(-1).mean() if part.meeting else 0.0
+            scale = part.exit_scale(depth)
+            total, weights = total + scale * (losses[depth] + part.meeting * meeting), weights + scale
+        for depth, value in losses.items():
             self.losses[depth] = 0.9 * self.losses.get(depth, value.item()) + 0.1 * value.item()
-        weights = {depth: 1.0 if depth == r.layers else r.exit_scale for depth in total}
-        return sum(weights[d] * total[d] for d in total) / sum(weights.values())
+        return total / weights
 
     def step(self, windows: Tensor, step: int, progress: float, next_progress: float) -> float:
         """One update on windows [B, T + 1], at a learning rate warmed up and then cosine.
 
         Returns the progress after it, on which all workers agree.
         """
-        rate = self.recipe.lr * min(progress / 0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = self.part.lr * min(progress / 0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
         with torch.autocast(windows.device.type, torch.bfloat16, enabled=self.computed_in == torch.bfloat16):
-            loss = self.loss(windows, step, progress)
+            loss = self.loss(windows, step, self.part.time(progress))
         loss.backward()
         next_progress = average_gradients(list(self.model.parameters()), next_progress)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = max(rate, self.recipe.lr / 1000)
+                group["lr"] = max(rate, self.part.lr / 1000)
             optimizer.step()
             optimizer.zero_grad()
         return next_progress
@@ -170,9 +133,18 @@ def sample_windows(stream: Tensor, batch: int, length: int, generator: torch.Gen
 
 
 def train(
-    rank: int, workers: int, recipe: Recipe, stream: Tensor, seed: int, minutes: float, device: str, new: Path
+    rank: int,
+    workers: int,
+    recipe: Recipe,
+    part: Part,
+    stream: Tensor,
+    seed: int,
+    minutes: float,
+    device: str,
+    start: Path | None,
+    new: Path,
 ) -> None:
-    """Train on the stream [n] and save the model in folder `new`, with the counts for the card in `new`/counts.
+    """Train on the stream [n] from the checkpoint `start`, or from scratch; save the model in `new`, and what it took.
 
     On a CPU there is one worker a core and the batch is split between them: threads that share an operation wait for
     each other in each one, which on a machine that has other work is most of the time. The schedule ends with the
@@ -181,40 +153,53 @@ def train(
     keep_freed_memory()
     if workers > 1:
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{new.absolute()}/rendezvous", rank=rank, world_size=workers
-        )
+        rendezvous = f"file://{new.absolute()}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
     torch.manual_seed(seed)  # all start from the same weights, but see other text
     generator = torch.Generator().manual_seed(seed * workers + rank)
-    trainer = Trainer(LlamaForCausalLM(recipe.config()).to(device), recipe, generator)
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else LlamaForCausalLM(recipe.config())
+    trainer = Trainer(model.to(device), recipe, part, generator)
     seen, step, progress, began = 0, 0, 0.0, time.monotonic()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal) as bar:
-        task = bar.add_task("tokens", total=recipe.tokens)
+        task = bar.add_task("tokens", total=part.tokens)
         while progress < 1:
-            batch, length = recipe.batch(step, progress)
+            batch, length = part.batch(step, progress)
             windows = sample_windows(stream, batch // workers, length, generator).to(device)
             seen, step = seen + batch * length, step + 1
             clock = (time.monotonic() - began) / 60 / minutes
-            progress = trainer.step(windows, step, progress, max(seen / recipe.tokens, clock))
+            progress = trainer.step(windows, step, progress, max(seen / part.tokens, clock))
             losses = " ".join(f"{d}:{v:.2f}" for d, v in sorted(trainer.losses.items()))
             speed = seen / (time.monotonic() - began)
             bar.update(task, completed=seen, description=f"{speed:,.0f} tokens/s  loss by layer {losses}")
             if rank == 0 and not console.is_terminal and step % 50 == 0:
                 console.print(f"{progress:6.1%} {seen:,} tokens {speed:,.0f}/s loss {losses}", soft_wrap=True)
     if rank == 0:
-        trainer.model.to("cpu", torch.bfloat16).save_pretrained(new)
         wall, cpu = (time.monotonic() - began) / 60, time.process_time() / 60
-        counts = {
+        took = {
+            "tokens": seen,
             "steps": step,
-            "seen": seen,
-            "wall": wall,
-            "cpu": cpu,
+            "minutes": round(wall, 1),
+            "processor_minutes": round(cpu, 1),
+            "workers": workers,
             "computed_in": str(trainer.computed_in).removeprefix("torch."),
+            "hardware": hardware(),
+            "torch": torch.__version__,
         }
-        (new / "counts").write_text(json.dumps(counts))
+        trainer.model.to("cpu", torch.bfloat16).save_pretrained(new)
+        (new / TOOK).write_text(json.dumps(took))
     if workers > 1:
         dist.destroy_process_group()
+        (new / "rendezvous").unlink(missing_ok=True)
+
+
+def hardware() -> str:
+    """The processor's name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return device + (names[0] if names else platform.machine())
 
 
 def keep_freed_memory() -> None:
