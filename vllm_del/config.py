@@ -7,13 +7,14 @@ are right for a drafter that writes KV ahead. `isinstance(config, DelConfig)` is
 
 import difflib
 import json
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic import BeforeValidator, StrictInt, model_validator
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 
@@ -89,11 +90,17 @@ def read_tokens(file: str, num_tokens: int) -> list[int]:
     return tokens
 
 
-def _refuse_bool(value: Any) -> Any:
-    """`true` would count as 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"num_speculative_tokens={value!r}: give a whole number")
-    return value
+def _number(field: str, kind: type[int] | type[float], least: int, most: int) -> BeforeValidator:
+    """A number within bounds, also as text of the dotted command line. `true` would count as 1, and is none."""
+
+    def parse(value: Any) -> int | float:
+        with suppress(TypeError, ValueError, OverflowError):
+            number = kind(value)
+            if not isinstance(value, bool) and least <= number <= most and number == float(value):
+                return number
+        raise ValueError(f"{field}={value!r}: give a {'whole ' * (kind is int)}number from {least} to {most}")
+
+    return BeforeValidator(parse)
 
 
 @config
@@ -105,8 +112,8 @@ class DelConfig(SpeculativeConfig):
 
     method: Literal["del", "draft_model"] = "del"
     """Always `"del"` for a user; `"draft_model"` afterwards, see the module's docstring."""
-    num_speculative_tokens: Annotated[int, BeforeValidator(_refuse_bool)] = Field(
-        default=DEFAULT_NUM_SPECULATIVE_TOKENS, ge=1, le=64
+    num_speculative_tokens: Annotated[int, _number("num_speculative_tokens", int, 1, 64)] = (
+        DEFAULT_NUM_SPECULATIVE_TOKENS
     )
     """The largest number of tokens drafted for a sequence in one round."""
     del_exit_layers: Annotated[Literal["auto"] | list[StrictInt], BeforeValidator(_parse_exit_layers)] = "auto"
@@ -119,7 +126,7 @@ class DelConfig(SpeculativeConfig):
     del_objective: Literal["goodput", "tpl"] = "goodput"
     """What the dynamic policy makes large. `"goodput"`: expected tokens of the whole batch over the measured time of
     the round. `"tpl"`: the DEL paper's tokens per layer, where drafts are ended by confidence alone."""
-    del_shadow_budget: float = Field(default=0.02, ge=0, le=1)
+    del_shadow_budget: Annotated[float, _number("del_shadow_budget", float, 0, 1)] = 0.02
     """What the dynamic policy may spend on asking exits that did not draft what they would have said, as a share of
     the time of verification."""
 

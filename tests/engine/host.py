@@ -53,6 +53,8 @@ class Outcome:
     """What a run gave: completions by request and index, and what the scheduler counted."""
 
     completions: tuple[tuple[Completion, ...], ...]
+    # rounds of a request that verified drafts, and how many tokens these were, and were accepted
+    rounds: int
     drafted: int
     accepted: int
     preemptions: int
@@ -238,6 +240,7 @@ def _serve(model: str, arrivals: tuple[Arrival, ...], spec: Any, options: dict[s
     engine.reset_prefix_cache()
     return Outcome(
         completions=tuple(tuple(_completion(by_index[i]) for i in sorted(by_index)) for by_index in completions),
+        rounds=counted.counts["rounds"],
         drafted=counted.counts["drafted"],
         accepted=counted.counts["accepted"],
         preemptions=counted.counts["preempted"],
@@ -272,6 +275,7 @@ class _Counted:
         def make_spec_decoding_stats(
             spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
         ) -> Any:
+            self.counts["rounds"] += 1
             self.counts["drafted"] += num_draft_tokens
             self.counts["accepted"] += num_accepted_tokens
             return stats(spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)

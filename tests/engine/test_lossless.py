@@ -11,6 +11,8 @@ from tests.engine.host import Arrival, Host, Outcome
 GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 70)), [9, 4, 88] * 50]
 SPEC = {"method": "del", "del_exit_layers": [1, 2, 3], "num_speculative_tokens": 4}
+# Drafts as many tokens in every round: what falls inside a draft is then known.
+FIXED = {"method": "del", "del_policy": "fixed", "del_exit_layers": 3, "num_speculative_tokens": 4}
 
 pytestmark = pytest.mark.engine
 
@@ -75,23 +77,25 @@ def test_generated_text_served_again_from_the_prefix_cache(host: Host, model: st
     assert on.accepted > 0
 
 
-def test_preemption(host: Host, model: str) -> None:
-    """A KV cache so small that requests are preempted and resumed."""
+@pytest.mark.parametrize("caching", [False, True])
+def test_preemption(host: Host, model: str, caching: bool) -> None:
+    """A KV cache so small that requests are preempted and resumed, on blocks cached while drafting too."""
     prompts = [[10 + i, *range(30, 60)] for i in range(6)]
     sampling = {**GREEDY, "max_tokens": 100}
     off = host.generate(model, prompts, sampling)
-    on = host.generate(model, prompts, sampling, SPEC, num_gpu_blocks_override=14)
+    on = host.generate(model, prompts, sampling, SPEC, num_gpu_blocks_override=14, enable_prefix_caching=caching)
     assert on.completions == off.completions
     assert on.preemptions > 0
     assert on.accepted > 0
 
 
-def test_longest_length_reached_inside_a_draft(host: Host, model: str) -> None:
-    """Sequences end at max_model_len at different points of a draft, beside others that go on."""
-    prompts = [list(range(5, 5 + length)) for length in (90, 91, 92, 93, 94, 20)]
+@pytest.mark.parametrize("beside", [[], [20]], ids=["alone", "beside one that goes on"])
+def test_longest_length_reached_inside_a_draft(host: Host, model: str, beside: list[int]) -> None:
+    """Sequences end at max_model_len at different points of a draft."""
+    prompts = [[length, *PROMPTS[3][1:length]] for length in (86, 87, 88, 89, 90, 91, *beside)]
     sampling = {**GREEDY, "max_tokens": 60}
-    _, on = both(host, model, prompts, sampling, {**SPEC, "num_speculative_tokens": 7}, max_model_len=96)
-    assert [len(c[0].token_ids) for c in on.completions] == [6, 5, 4, 3, 2, 60]
+    _, on = both(host, model, prompts, sampling, {**FIXED, "num_speculative_tokens": 7}, max_model_len=96)
+    assert [len(c[0].token_ids) for c in on.completions] == [10, 9, 8, 7, 6, 5, *(60 for _ in beside)]
 
 
 def test_one_long_sequence_does_not_stop_the_others_drafting(host: Host, model: str) -> None:
@@ -106,22 +110,34 @@ def test_one_long_sequence_does_not_stop_the_others_drafting(host: Host, model: 
 
 def test_stop_strings_and_stop_tokens_inside_a_draft(host: Host, model: str) -> None:
     (free,) = host.generate(model, [PROMPTS[1]], GREEDY).completions[0]
-    stops: list[dict[str, Any]] = []
-    for at in (7, 8, 9, 10, 11):
-        token = free.token_ids[at]
-        stops += [{"stop_token_ids": [token]}, {"stop": [f"w{token}"]}, {"stop": [f"w{token}"], "min_tokens": at + 2}]
-    sampling = [{**GREEDY, **stop} for stop in stops]
-    _, on = both(host, model, [PROMPTS[1]] * len(sampling), sampling)
-    assert any(c[0].finish_reason == "stop" for c in on.completions)
+    tokens = [free.token_ids[at] for at in (7, 8, 9, 10, 11)]
+    for stops in ([{"stop_token_ids": [token]} for token in tokens], [{"stop": [f"w{token}"]} for token in tokens]):
+        sampling = [{**GREEDY, **stop} for stop in stops]
+        _, on = both(host, model, [PROMPTS[1]] * len(sampling), sampling, FIXED)
+        assert {c[0].finish_reason for c in on.completions} == {"stop"}
+        assert {type(c[0].stop_reason) for c in on.completions} == {int if "stop_token_ids" in stops[0] else str}
+        if "stop_token_ids" in stops[0]:
+            # More was accepted than was put out. (A stop string is found after the round, by the front end.)
+            rounds = on.rounds + len(on.completions)
+            assert on.accepted + rounds > sum(len(c[0].token_ids) for c in on.completions)
+    late = [{**GREEDY, "stop": [f"w{token}"], "min_tokens": 12} for token in tokens]
+    both(host, model, [PROMPTS[1]] * len(late), late, FIXED)
 
 
-def test_end_of_sequence_inside_a_draft(host: Host, checkpoints: Path) -> None:
-    """Without `ignore_eos` generation ends at the model's own end token, wherever in a draft it falls."""
+@pytest.mark.parametrize("ignore", [False, True])
+def test_end_of_sequence_inside_a_draft(host: Host, checkpoints: Path, ignore: bool) -> None:
+    """Generation ends at the model's own end token, wherever in a draft it falls, but with `ignore_eos` goes on."""
     ends = [EOS, 20, 40, 60, 80, 100, 120, 140]
     model = checkpoint(checkpoints, "llama", eos_token_id=ends)
     prompts = [[4 + 7 * i, 150 - 5 * i] for i in range(16)]
-    _, on = both(host, model, prompts, {"temperature": 0, "max_tokens": 40})
-    assert len({len(c[0].token_ids) for c in on.completions if c[0].finish_reason == "stop"}) > 4
+    _, on = both(host, model, prompts, {"temperature": 0, "max_tokens": 40, "ignore_eos": ignore}, FIXED)
+    texts = [c[0].token_ids for c in on.completions]
+    if ignore:
+        assert {len(text) for text in texts} == {40}
+        assert sum(bool(set(ends) & set(text[:-1])) for text in texts) > 4
+    else:
+        assert len({len(c[0].token_ids) for c in on.completions if c[0].finish_reason == "stop"}) > 4
+        assert on.accepted + on.rounds + len(texts) > sum(map(len, texts))
 
 
 def test_several_completions_of_a_prompt(host: Host, model: str) -> None:
