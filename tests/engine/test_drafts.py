@@ -93,6 +93,31 @@ def test_a_batch_of_unfinished_prompts_drafts_nothing(host: Host, checkpoints: P
     assert host.call(_counted_steps, model, spec) == 1
 
 
+def test_nothing_of_its_own_is_in_memory(host: Host, checkpoints: Path) -> None:
+    """No weights, and no KV cache: of the same memory there are as many blocks of the same layers as without `del`."""
+    model = checkpoint(checkpoints, "llama")
+    off, on = (host.call(_memory, model, spec) for spec in (None, {"method": "del"}))
+    assert on == off
+    assert host.call(_weights_of_its_own, model, {"method": "del"}) == 0
+
+
+def _memory(model: str, spec: Any) -> tuple[int, list[list[str]], int]:
+    """In the engine's process: blocks of the KV cache, the layers that they are for, and bytes that are allocated."""
+    engine = engines._engine(model, spec, {"num_gpu_blocks_override": None})
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    groups = [sorted(group.layer_names) for group in runner.kv_cache_config.kv_cache_groups]
+    storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in runner.kv_caches}
+    return runner.kv_cache_config.num_blocks, groups, sum(storages.values())
+
+
+def _weights_of_its_own(model: str, spec: Any) -> int:
+    """In the engine's process: parameters of the draft network that are not the target's."""
+    engine = engines._engine(model, spec, {"num_gpu_blocks_override": None})
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    targets = {id(parameter) for parameter in runner.model.parameters()}
+    return sum(id(parameter) not in targets for parameter in drafter_of(engine).model.parameters())
+
+
 def _drafter(model: str, spec: dict[str, Any]) -> Any:
     return drafter_of(engines._engine(model, spec, {"max_num_batched_tokens": 48}))
 

@@ -1,4 +1,4 @@
-"""scripts/demo.py: once for real, and stopped from outside while its servers start."""
+"""scripts/demo.py: once for real, and stopped from outside, while its servers start and while they serve."""
 
 import os
 import re
@@ -33,19 +33,54 @@ child.wait()
 """
 
 
+# Not compiled, which takes minutes: tests/server does that. And so nothing may need a compiler.
+DEMO = [sys.executable, str(SCRIPT), "--max-tokens", "24"]
+WITHOUT_COMPILER = os.environ | {"CXX": "no-such-compiler"}
+
+
 @pytest.mark.server
 def test_the_demo() -> None:
-    """Two real servers: text, acceptance and speed of both, and the same output.
-
-    Not compiled, which takes minutes: tests/server does that.
-    """
-    command = [sys.executable, SCRIPT, "--max-tokens", "24", "--", "--enforce-eager"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=570)
+    """Two real servers: text, acceptance and speed of both, and the same output. On a machine without a compiler."""
+    result = subprocess.run(DEMO, env=WITHOUT_COMPILER, capture_output=True, text=True, timeout=570)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "no C++ compiler" in result.stdout
     assert "the output is the same" in result.stdout
     accepted = re.search(r"such\s+a\s+round\s+made\s+(\S+)\s+tokens", result.stdout)
     assert accepted is not None
     assert float(accepted[1]) > 1.5
+    # The prompts and what was made of them, and a row of each in the table: the last column says "yes".
+    for prompt in ("def walk", "class Stack", "class TestQueue", "def parse_args", "all"):
+        row = re.search(
+            rf"^\W*{prompt}\s+\W*(\d+)\W+(\d+)\W+([\d.]+)\W+([\d.]+|no draft)\W+yes\W*$", result.stdout, re.M
+        )
+        assert row is not None, f"{prompt}:\n{result.stdout}"
+        assert min(float(row[1]), float(row[2])) > 1
+    (written,) = re.findall(
+        r"self\._items = \[\]\n\n    def push\(self, item\):\n(.+?)\nimport unittest", result.stdout, re.S
+    )
+    assert len(written.split()) > 5
+
+
+@pytest.mark.server
+def test_a_signal_while_it_serves_leaves_no_process_behind() -> None:
+    """Real servers, at work on the last prompt."""
+    demo = subprocess.Popen(
+        DEMO, env=WITHOUT_COMPILER, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
+    )
+    try:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if "parser = argparse" in line:
+                break
+        started = psutil.Process(demo.pid).children(recursive=True)
+        assert len(started) >= 4
+        demo.send_signal(signal.SIGINT)
+        demo.communicate(timeout=120)
+        assert demo.returncode == 128 + signal.SIGINT
+        _, left = psutil.wait_procs(started, timeout=60)
+        assert not left
+    finally:
+        demo.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Plays both the system's Python and the environment's. A word in the file `refuse` makes a pip call with it fail.
+# Plays both the system's Python and the environment's. A word in the file `refuse` makes a pip call with it fail,
+# and `why` says why.
 PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
   "-m pip --version" | *sys.version_info*) exit 0 ;;
   "-m venv --clear .venv"*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-  "-m pip"*) echo "$*" >>calls; ! grep -qFf refuse <<<"$*" ;;
+  "-m pip"*) echo "$*" >>calls; ! grep -qFf refuse <<<"$*" || { cat why; exit 1; } ;;
   *torch.version.cuda*) exit 0 ;;
   --version) echo Python 3.11.9 ;;
   -) cat >/dev/null ;;
@@ -33,6 +34,7 @@ def clone(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "scripts" / "install.sh", tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "refuse").touch()
+    (tmp_path / "why").write_text("ERROR: No matching distribution found for it\n")
     (tmp_path / "bin").mkdir()
     for name, text in (("python3", PYTHON), ("nvidia-smi", NO), ("g++", YES)):
         program = tmp_path / "bin" / name
@@ -74,7 +76,17 @@ def test_no_cpu_build_of_torch_is_told_in_a_line(clone: Path) -> None:
     result, calls = install(clone)
     assert result.returncode == 1
     assert len(calls) == 1
-    assert "Set PIP_EXTRA_INDEX_URL to the index of PyTorch's CPU wheels" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "set PIP_EXTRA_INDEX_URL to the index of PyTorch's CPU wheels" in line
+
+
+def test_another_failure_is_shown_as_pip_tells_it(clone: Path) -> None:
+    (clone / "refuse").write_text("torch==\n")
+    (clone / "why").write_text("ERROR: No space left on device\n")
+    result, _ = install(clone)
+    assert result.returncode == 1
+    assert "No space left on device" in result.stderr
+    assert "PIP_EXTRA_INDEX_URL" not in result.stderr
 
 
 def test_what_was_interrupted_is_done_again(clone: Path) -> None:
@@ -114,8 +126,13 @@ def test_the_build_for_cpus_beside_one_for_a_gpu(clone: Path) -> None:
     assert (clone / ".venv-cpu" / "bin" / "python").exists()
 
 
-def test_a_missing_compiler_is_told_before_anything_is_downloaded(clone: Path) -> None:
-    result, calls = install(clone, CXX="no-such-compiler")
+def test_without_a_compiler_models_can_be_served_but_not_tested(clone: Path) -> None:
+    """Told before anything is downloaded."""
+    result, calls = install(clone, "test", CXX="no-such-compiler")
     assert result.returncode == 1
     assert "no-such-compiler is not there" in result.stderr
     assert calls == []
+    result, calls = install(clone, "demo", CXX="no-such-compiler")
+    assert result.returncode == 0
+    assert "--enforce-eager" in result.stdout
+    assert calls[-1] == "-m pip install -e .[demo]"

