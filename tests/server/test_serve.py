@@ -17,6 +17,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.conftest import DEMO_MODEL
+from tests.engine.checkpoints import checkpoint
 
 START_SECONDS = 300
 STOP_SECONDS = 60
@@ -33,16 +34,16 @@ pytestmark = pytest.mark.server
 class Server:
     """A running server, and the log it writes."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, model: Path = DEMO_MODEL, spec: str = "del", *more: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(DEMO_MODEL), "--speculative-config", "del"]
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--speculative-config", spec]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "demo"]
         command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
-        command += ["--per-request-spec-decode-metrics", "summary"]
+        command += ["--per-request-spec-decode-metrics", "summary", *more]
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
@@ -142,3 +143,16 @@ def test_serve_stream_four_at_once_count_and_stop(server: Server) -> None:
     assert server.process.wait(STOP_SECONDS) == 0
     _, left = psutil.wait_procs(children, STOP_SECONDS)
     assert not left
+
+
+def test_a_model_that_cannot_draft_for_itself_is_refused_with_the_reason(tmp_path: Path, checkpoints: Path) -> None:
+    """Its form is found out when it is loaded, in a process of the server's: who started it has to see the reason."""
+    log = tmp_path / "log.txt"
+    spec = '{"method": "del", "del_policy": "fixed"}'
+    server = Server(log, Path(checkpoint(checkpoints, "granite")), spec, "--enforce-eager")
+    try:
+        assert server.process.wait(START_SECONDS) != 0
+    finally:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, signal.SIGKILL)
+    assert "GraniteForCausalLM cannot draft for itself: it calls its layers as" in log.read_text()
