@@ -24,6 +24,9 @@ from tests.engine.interpreter import (
 
 RUNNERS = ("v1", "v2")
 
+LENGTHS = (1, 2, 3, 4, 6, 9, 16)
+"""Largest draft lengths to draw from."""
+
 Prompt = Sequence[int] | str
 
 
@@ -76,9 +79,11 @@ class Host:
         each = [sampling] * len(prompts) if isinstance(sampling, dict) else sampling
         return self.serve(model, [Arrival(p, s) for p, s in zip(prompts, each, strict=True)], spec, **engine)
 
-    def serve(self, model: str, arrivals: Sequence[Arrival], spec: Any = None, **engine: Any) -> Outcome:
-        """Drive `LLMEngine.step` by hand over `arrivals`."""
-        return self.call(_serve, model, tuple(arrivals), spec, engine)
+    def serve(
+        self, model: str, arrivals: Sequence[Arrival], spec: Any = None, plans: int | None = None, **engine: Any
+    ) -> Outcome:
+        """Drive `LLMEngine.step` by hand over `arrivals`. With `plans`, a seed, the dynamic policy draws its plans."""
+        return self.call(_serve, model, tuple(arrivals), spec, plans, engine)
 
     def call(self, function: Callable, *args: Any) -> Any:
         return self._pool.submit(function, *args).result()
@@ -205,7 +210,36 @@ def async_scheduling(wanted: bool) -> Iterator[None]:
         CpuPlatform.check_and_update_config = original
 
 
-def _serve(model: str, arrivals: tuple[Arrival, ...], spec: Any, options: dict[str, Any]) -> Outcome:
+@contextmanager
+def _drawn_plans(seed: int | None) -> Iterator[None]:
+    """Inside, every row of every round leaves at an exit, after a length and below a confidence that are drawn."""
+    import torch
+
+    from vllm_del.draft.decide import DynamicPolicy
+    from vllm_del.draft.loop import Plan
+
+    original = DynamicPolicy.plan
+    random = torch.Generator().manual_seed(seed or 0)
+    most = LENGTHS[int(torch.randint(len(LENGTHS), (1,), generator=random))]
+
+    def plan(self: DynamicPolicy, slots: Any, limit: Any, context: Any) -> Plan:
+        original(self, slots, limit, context)
+        rows, deepest = len(limit), len(self._depths) - 1
+        exit = torch.randint(deepest + 1, (rows,), generator=random)
+        length = torch.minimum(limit, torch.randint(most + 1, (rows,), generator=random))
+        # Now and then none is too low.
+        below = torch.rand(rows, generator=random) - 0.5
+        return Plan(exit, length, below.where(below > 0, torch.nan), deepest, min(most, self.max_length))
+
+    if seed is not None:
+        DynamicPolicy.plan = plan  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DynamicPolicy.plan = original  # type: ignore[method-assign]
+
+
+def _serve(model: str, arrivals: tuple[Arrival, ...], spec: Any, plans: int | None, options: dict[str, Any]) -> Outcome:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -217,7 +251,7 @@ def _serve(model: str, arrivals: tuple[Arrival, ...], spec: Any, options: dict[s
     waiting = dict(enumerate(arrivals))
     alive: set[str] = set()
     step = 0
-    with counted:
+    with counted, _drawn_plans(plans):
         while waiting or engine.has_unfinished_requests():
             for index in [i for i, arrival in waiting.items() if arrival.step <= step]:
                 arrival = waiting.pop(index)

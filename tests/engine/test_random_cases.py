@@ -1,4 +1,4 @@
-"""Two hundred random cases: any prompts, exit, draft length and batch give what vLLM gives without speculation."""
+"""Two hundred random cases: any prompts, exits, draft lengths and batch give what vLLM gives without speculation."""
 
 import random
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.checkpoints import VOCAB, checkpoint
-from tests.engine.host import Arrival, Host
+from tests.engine.host import LENGTHS, Arrival, Host
 
 MODELS = [(architecture, seed) for architecture in ("llama", "qwen2", "qwen3", "llama-tied") for seed in (1, 2, 3)]
 CASES_PER_MODEL = 17
@@ -20,23 +20,26 @@ def test_random_cases(host: Host, checkpoints: Path, architecture: str, seed: in
     """All cases of a model share its engines; requests arrive at random steps and are of random lengths."""
     rng = random.Random(f"{architecture} {seed}")
     model = checkpoint(checkpoints, architecture, seed)
+    policy = rng.choice(POLICIES)
     specs = [
+        # Exit and length as a policy has them, and as they are drawn for each row in each round.
         {
             "method": "del",
             **policy,
             "del_exit_layers": rng.sample([1, 2, 3], 1 if "del_policy" in policy else rng.randint(1, 3)),
-            "num_speculative_tokens": rng.choice([1, 2, 3, 4, 6, 9, 16]),
-        }
-        for policy in rng.sample(POLICIES, 2)
+            "num_speculative_tokens": rng.choice(LENGTHS),
+        },
+        {"method": "del", "del_exit_layers": [1, 2, 3], "num_speculative_tokens": max(LENGTHS)},
     ]
     engine = {"max_num_batched_tokens": rng.choice([24, 64, 200]), "enable_prefix_caching": rng.random() < 0.5}
     accepted = [0, 0]
     for case in range(CASES_PER_MODEL):
         arrivals = _requests(rng, host.runner)
         off = host.serve(model, arrivals, **engine)
-        on = host.serve(model, arrivals, specs[case % 2], **engine)
-        assert on.completions == off.completions, f"case {case}: {specs[case % 2]}, {engine}, {arrivals}"
-        accepted[case % 2] += on.accepted
+        drawn = case % 2
+        on = host.serve(model, arrivals, specs[drawn], plans=case if drawn else None, **engine)
+        assert on.completions == off.completions, f"case {case}: {specs[drawn]}, {engine}, {arrivals}"
+        accepted[drawn] += on.accepted
     assert all(accepted), f"drafts accepted under each of {specs}: {accepted}"
 
 
