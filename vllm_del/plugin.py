@@ -20,7 +20,8 @@ def register() -> None:
 
             apply()
             return
-        except (AttributeError, ImportError) as error:
+        except Exception as error:
+            # Of whatever kind: vLLM's own classes may say it when ours are made of them.
             reason = f"vllm-del does not fit vLLM {vllm_version}, which is installed ({error})"
     else:
         reason = f"vllm-del supports vLLM {SUPPORTED_VLLM}, but vLLM {vllm_version} is installed"

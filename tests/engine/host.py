@@ -60,6 +60,8 @@ class Outcome:
     rounds: int
     drafted: int
     accepted: int
+    # the most drafts of a request in a round
+    longest: int
     preemptions: int
     steps: int
     cached_tokens: int
@@ -83,7 +85,7 @@ class Host:
         self, model: str, arrivals: Sequence[Arrival], spec: Any = None, plans: int | None = None, **engine: Any
     ) -> Outcome:
         """Drive `LLMEngine.step` by hand over `arrivals`. With `plans`, a seed, the dynamic policy draws its plans."""
-        return self.call(_serve, model, tuple(arrivals), spec, plans, engine)
+        return self.call(_serve, model, tuple(arrivals), spec, engine, plans)
 
     def call(self, function: Callable, *args: Any) -> Any:
         return self._pool.submit(function, *args).result()
@@ -239,7 +241,9 @@ def _drawn_plans(seed: int | None) -> Iterator[None]:
         DynamicPolicy.plan = original  # type: ignore[method-assign]
 
 
-def _serve(model: str, arrivals: tuple[Arrival, ...], spec: Any, plans: int | None, options: dict[str, Any]) -> Outcome:
+def _serve(
+    model: str, arrivals: tuple[Arrival, ...], spec: Any, options: dict[str, Any], plans: int | None = None
+) -> Outcome:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -277,6 +281,7 @@ def _serve(model: str, arrivals: tuple[Arrival, ...], spec: Any, plans: int | No
         rounds=counted.counts["rounds"],
         drafted=counted.counts["drafted"],
         accepted=counted.counts["accepted"],
+        longest=counted.counts["longest"],
         preemptions=counted.counts["preempted"],
         steps=step,
         cached_tokens=sum(cached_tokens),
@@ -312,6 +317,7 @@ class _Counted:
             self.counts["rounds"] += 1
             self.counts["drafted"] += num_draft_tokens
             self.counts["accepted"] += num_accepted_tokens
+            self.counts["longest"] = max(self.counts["longest"], num_draft_tokens)
             return stats(spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
 
         def preempt_request(*args: Any, **kwargs: Any) -> Any:

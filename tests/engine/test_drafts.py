@@ -85,12 +85,26 @@ def test_a_batch_of_unfinished_prompts_drafts_nothing(host: Host, checkpoints: P
     """Two chunks of a prompt pass without a draft step; the third ends it and is followed by one, if it is wanted."""
     model = checkpoint(checkpoints, "llama")
     spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": 1, "num_speculative_tokens": 3}
-    host.call(_count_steps, model, spec)
-    outcome = host.generate(model, [PROMPTS[2]], {**GREEDY, "max_tokens": 2}, spec, max_num_batched_tokens=48)
+    engine = {"max_num_batched_tokens": 48}
+    host.call(_count_steps, model, spec, engine)
+    outcome = host.generate(model, [PROMPTS[2]], {**GREEDY, "max_tokens": 2}, spec, **engine)
     assert outcome.steps >= 4
-    assert host.call(_counted_steps, model, spec) == 0
-    host.generate(model, [PROMPTS[2]], {**GREEDY, "max_tokens": 3}, spec, max_num_batched_tokens=48)
-    assert host.call(_counted_steps, model, spec) == 1
+    assert host.call(_counted_steps, model, spec, engine) == 0
+    host.call(_count_steps, model, spec, engine)
+    host.generate(model, [PROMPTS[2]], {**GREEDY, "max_tokens": 3}, spec, **engine)
+    assert host.call(_counted_steps, model, spec, engine) == 1
+
+
+@pytest.mark.parametrize("wish", [{"enabled": False}, {"max_draft": 2}], ids=str)
+def test_no_more_steps_than_requests_want(host: Host, checkpoints: Path, wish: dict[str, Any]) -> None:
+    """Where the host knows that no row may draft any more, nothing is launched."""
+    model = checkpoint(checkpoints, "llama")
+    spec = {"method": "del", "del_policy": "fixed", "del_exit_layers": 1, "num_speculative_tokens": 3}
+    engine = {"async_scheduling": False}
+    host.call(_count_steps, model, spec, engine)
+    outcome = host.generate(model, PROMPTS, {**GREEDY, "extra_args": {"del": wish}}, spec, **engine)
+    assert host.call(_counted_steps, model, spec, engine) <= outcome.steps * wish.get("max_draft", 0)
+    assert (outcome.accepted > 0) == ("max_draft" in wish)
 
 
 def test_nothing_of_its_own_is_in_memory(host: Host, checkpoints: Path) -> None:
@@ -118,19 +132,15 @@ def _weights_of_its_own(model: str, spec: Any) -> int:
     return sum(id(parameter) not in targets for parameter in drafter_of(engine).model.parameters())
 
 
-def _drafter(model: str, spec: dict[str, Any]) -> Any:
-    return drafter_of(engines._engine(model, spec, {"max_num_batched_tokens": 48}))
-
-
 def drafter_of(engine: Any) -> Any:
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     return getattr(runner, "drafter", None) or runner.speculator
 
 
-def _count_steps(model: str, spec: dict[str, Any]) -> None:
-    """In the engine's process: begin to count draft steps."""
-    drafter = _drafter(model, spec)
-    drafter.steps_seen, head = [], drafter.head
+def _count_steps(model: str, spec: dict[str, Any], options: dict[str, Any]) -> None:
+    """In the engine's process: begin to count draft steps, until `_counted_steps`."""
+    drafter = drafter_of(engines._engine(model, spec, options))
+    drafter.steps_seen, drafter.uncounted = [], (head := drafter.head)
 
     def counted(hidden_states: torch.Tensor) -> Any:
         drafter.steps_seen.append(1)
@@ -139,8 +149,10 @@ def _count_steps(model: str, spec: dict[str, Any]) -> None:
     drafter.head = counted
 
 
-def _counted_steps(model: str, spec: dict[str, Any]) -> int:
-    return len(_drafter(model, spec).steps_seen)
+def _counted_steps(model: str, spec: dict[str, Any], options: dict[str, Any]) -> int:
+    drafter = drafter_of(engines._engine(model, spec, options))
+    drafter.head = drafter.uncounted
+    return len(drafter.steps_seen)
 
 
 @torch.inference_mode()

@@ -48,10 +48,11 @@ def _kinds_of_changed_models(model: str, dtype: str) -> dict[str, str]:
         target.compute_logits = compute_logits
         kinds[name] = type(make_whole_head(target)).__name__
     if dtype == "bfloat16":
-        # Large logits are rounded by as much more: no fault of the kernel's. (In float32 a CPU has its own copy.)
+        # Large logits are rounded by as much more: no fault of the kernel's.
         weight = target.lm_head.weight
         weight.data.mul_(32)
-        target.compute_logits = plain
+        # Not the model's own: a CPU may have another copy of the weight, packed.
+        target.compute_logits = lambda states: torch.nn.functional.linear(states, weight)
         kinds["large"] = type(make_whole_head(target)).__name__
         weight.data.div_(32)
     del target.compute_logits

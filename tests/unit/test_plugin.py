@@ -157,15 +157,16 @@ class TestVersionOutsideTheRange:
 
     @pytest.mark.parametrize("version", ["0.33.5", "0.40.0"])
     @pytest.mark.parametrize(
-        ("owner", "name"),
+        ("owner", "name", "changed"),
         [
-            ("vllm.v1.worker.worker_base", "WorkerWrapperBase"),
-            ("vllm.config.utils", "config"),
-            ("vllm.sampling_params.SamplingParams", "_validate_spec_decode"),
+            ("vllm.v1.worker.worker_base", "WorkerWrapperBase", False),
+            ("vllm.config.utils", "config", False),
+            ("vllm.config.utils", "config", True),
+            ("vllm.sampling_params.SamplingParams", "_validate_spec_decode", False),
         ],
     )
     def test_a_vllm_without_what_we_build_on_still_starts(
-        self, owner, name, version, register, engine_config, monkeypatch
+        self, owner, name, changed, version, register, engine_config, monkeypatch
     ):
         """vLLM moves its internals, and does not catch what an entry point raises: its own users would be hit."""
         ours = {key: loaded for key, loaded in sys.modules.items() if key.startswith("vllm_del.")}
@@ -176,7 +177,10 @@ class TestVersionOutsideTheRange:
             if key != plugin.__name__:
                 monkeypatch.delitem(sys.modules, key)
         with monkeypatch.context() as vllm_of_theirs:
-            vllm_of_theirs.delattr(f"{owner}.{name}")
+            if changed:
+                vllm_of_theirs.setattr(f"{owner}.{name}", needs_more)
+            else:
+                vllm_of_theirs.delattr(f"{owner}.{name}")
             register(version)
         assert engine_config().speculative_config is None
         with pytest.raises(ValueError, match=f"vLLM {version}"):
@@ -195,6 +199,10 @@ class TestVersionOutsideTheRange:
     def test_inside_the_range_del_is_served(self, version, register, engine_config):
         register(version)
         assert isinstance(engine_config(speculative_config="del").speculative_config, DelConfig)
+
+
+def needs_more(*, something: int) -> None:
+    """A function that vLLM has another one in the place of."""
 
 
 class Worker:

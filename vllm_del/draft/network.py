@@ -34,10 +34,10 @@ class EarlyExitNetwork(nn.Module):
         decoder = getattr(target, "model", None)
         for owner, attribute in ((target, "compute_logits"), (decoder, "embed_input_ids"), (decoder, "norm")):
             if not hasattr(owner, attribute):
-                raise ValueError(f"{name} cannot draft for itself: its decoder has no `{attribute}`")
+                raise _refusal(name, f"its decoder has no `{attribute}`")
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
-            raise ValueError(f"{name} cannot draft for itself: its decoder has no list of at least 2 `layers`")
+            raise _refusal(name, "its decoder has no list of at least 2 `layers`")
         assert decoder is not None
         network = cls(target, decoder)
         _check_same_computation(network, name)
@@ -102,29 +102,27 @@ def _check_same_computation(network: EarlyExitNetwork, name: str) -> None:
             expected = type(decoder).forward(decoder, *arguments)
             _, _, actual = network.first(input_ids, positions, network.num_layers)
     except _UnknownLayerCall as call:
-        raise ValueError(
-            f"{name} cannot draft for itself: it calls its layers as {call}, "
-            "where layer(positions, hidden_states, residual) is needed"
-        ) from None
+        needed = "layer(positions, hidden_states, residual)"
+        raise _refusal(name, f"it calls its layers as {call}, where {needed} is needed") from None
     except Exception as error:
         # Whatever a model's own code raises here, it is not of the form that was tried.
-        raise ValueError(
-            f"{name} cannot draft for itself: its decoder is not of the form that 'del' runs "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        reason = f"its decoder is not of the form that 'del' runs ({type(error).__name__}: {error})"
+        raise _refusal(name, reason) from error
     if isinstance(expected, tuple):
         expected = expected[0]
     if not isinstance(actual, torch.Tensor):
-        raise ValueError(f"{name} cannot draft for itself: its norm gives more than one tensor, where one is needed")
+        raise _refusal(name, "its norm gives more than one tensor, where one is needed")
     if _changed_after_the_decoder(network.target, input_ids, positions, actual):
-        raise ValueError(f"{name} cannot draft for itself: it changes what its decoder gives before the LM head")
+        raise _refusal(name, "it changes what its decoder gives before the LM head")
     # Both did the same operations on nearly the same numbers, so anything but rounding is a difference in kind.
     rounding = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
     same_shape = expected.shape == actual.shape
     if not same_shape or (expected - actual).abs().max() > rounding * expected.abs().max():
-        raise ValueError(
-            f"{name} cannot draft for itself: its forward is not just embedding, layers and norm(hidden, residual)"
-        )
+        raise _refusal(name, "its forward is not just embedding, layers and norm(hidden, residual)")
+
+
+def _refusal(name: str, reason: str) -> ValueError:
+    return ValueError(f"{name} cannot draft for itself: {reason}. Serve it without the speculative method 'del'")
 
 
 def _changed_after_the_decoder(

@@ -23,10 +23,16 @@ def early_attention_layers(network: EarlyExitNetwork, depth: int) -> set[str]:
             name = module.layer_name
             shared_with = getattr(module, "kv_sharing_target_layer_name", None)
             if shared_with is not None:
-                raise ValueError(f"layer {name!r} shares the KV cache of {shared_with!r}: 'del' cannot draft with it")
+                raise ValueError(
+                    f"layer {name!r} shares the KV cache of {shared_with!r}, so drafts cannot write its positions: "
+                    "set del_exit_layers to exits before it, or serve the model without the speculative method 'del'"
+                )
             names.add(name)
     if not names:
-        raise ValueError(f"the first {depth} layers of {type(network.target).__name__} hold no attention layer")
+        raise ValueError(
+            f"the first {depth} layers of {type(network.target).__name__} hold no attention layer: serve it without "
+            "the speculative method 'del'"
+        )
     return names
 
 

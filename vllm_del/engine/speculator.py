@@ -253,10 +253,12 @@ class DelSpeculator(DraftModelSpeculator):
     ) -> Plan:
         """What the policy wants to draft, of that as much as there is room for and the next step will verify."""
         longest, verified, request_ids = self.allowance.longest, self.allowance.verified, batch.req_ids
-        limit = num_steps * sampled
+        limit, room = num_steps * sampled, num_steps
         if longest:
-            limit = torch.minimum(limit, upload([longest.get(r, num_steps) for r in request_ids], self.device))
+            lengths = [longest.get(request, num_steps) for request in request_ids]
+            limit, room = torch.minimum(limit, upload(lengths, self.device)), max(lengths)
         plan = self.policy.plan(slots, limit, batch.seq_lens[: batch.num_reqs])
+        plan = replace(plan, longest=min(plan.longest, room))
         if isinstance(self.policy, DynamicPolicy):
             lengths, requests = self._late_lengths.exchange(plan.length, request_ids)
             self.wanted = dict(zip(requests or (), lengths, strict=True))
