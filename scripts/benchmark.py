@@ -80,18 +80,25 @@ def compete(
     finalists: int,
     heats: int,
     repeats: int,
-    # the turns of these numbers
-    play: Callable[[list[Contender], range], None],
+    # tokens of a sequence, in heats and in the final
+    tokens: tuple[int, int],
+    # the turns of these numbers, with so many tokens
+    play: Callable[[list[Contender], range, int], None],
 ) -> dict[str, Any]:
     """Heats and final of one workload."""
+    short, whole = tokens
     # Warms up every engine, and lets the policy meet the workload.
-    play(list({id(contender.engine): contender.again() for contender in (off, dynamic, *pairs)}.values()), range(1))
-    play([off, *pairs], range(1, 1 + heats))
+    play(
+        list({id(contender.engine): contender.again() for contender in (off, dynamic, *pairs)}.values()),
+        range(1),
+        short,
+    )
+    play([off, *pairs], range(1, 1 + heats), short)
     in_heats = {pair.name: round(pair.rate / off.rate, 3) for pair in pairs}
     best = sorted(pairs, key=lambda pair: in_heats[pair.name], reverse=True)[:finalists]
     dynamic.engine.counts.clear()
     off, dynamic, *best = final = [contender.again() for contender in (off, dynamic, *best)]
-    play(final, range(1 + heats, 1 + heats + repeats))
+    play(final, range(1 + heats, 1 + heats + repeats), whole)
     found: dict[str, Any] = {contender.name: contender.figures(off) for contender in final}
     found["dynamic"] |= estimates(dynamic.engine.counts)
     if best:
@@ -106,7 +113,8 @@ def main(
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
     fixed: Annotated[str, typer.Option(help="Fixed pairs exit:length, or exits with every length.")] = "3,5,8",
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
-    tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 48,
+    tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 192,
+    heat_tokens: Annotated[int, typer.Option(help="And in heats.")] = 48,
     heats: Annotated[int, typer.Option(help="Turns of every fixed pair.", min=1)] = 2,
     finalists: Annotated[int, typer.Option(help="Fixed pairs that run the final.")] = 3,
     repeats: Annotated[int, typer.Option(help="Turns of the final.")] = 10,
@@ -130,6 +138,7 @@ def main(
         "dtype": dtype,
         "eager": eager,
         "tokens": tokens,
+        "heat_tokens": heat_tokens,
         "exits": exits,
         "longest": longest,
         "fixed": fixed,
@@ -157,14 +166,16 @@ def main(
         off, dynamic = Contender("off", engines["off"], 0), Contender("dynamic", engines["dynamic"], longest)
         for workload in names:
 
-            def play(contenders: list[Contender], turns: range, workload: str = workload) -> None:
+            def play(contenders: list[Contender], turns: range, tokens: int, workload: str = workload) -> None:
                 def tell(whose: Contender) -> None:
                     bar.update(task, advance=1, description=f"{workload}: {whose.name}")
 
                 take_turns(contenders, (requests_of(workload, model, vocab_size, tokens, turn) for turn in turns), tell)
 
             fixed_pairs = [Contender(f"fixed {e}:{n}", engines[f"exit {e}"], n) for e in pairs for n in pairs[e]]
-            found[workload] = of = compete(off.again(), dynamic.again(), fixed_pairs, finalists, heats, repeats, play)
+            lengths = heat_tokens, tokens
+            of = compete(off.again(), dynamic.again(), fixed_pairs, finalists, heats, repeats, lengths, play)
+            found[workload] = of
             of["allowed"] = allowed(engines["dynamic"], workload, about, list(map(int, exits.split(","))), tokens)
             show(workload, of)
             if out:

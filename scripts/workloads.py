@@ -19,7 +19,7 @@ HELD_OUT = "held-out"
 
 PROMPT_TOKENS = 32
 
-FEWEST = 4
+FEWEST = 2
 """Requests of a turn, and two for each place."""
 
 

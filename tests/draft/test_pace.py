@@ -21,7 +21,7 @@ def test_rounds_of_a_plan() -> None:
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
     paces = [Pace(seconds * share, costs, learns=False) for seconds in (0, 0.5, 1, 1.8, 3.5)]
     assert [pace.rounds(ROWS, True, 100) for pace in paces] == [1, 1, 1, 2, 4]
-    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 5, 10, MOST_ROUNDS, MOST_ROUNDS]
+    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 2, 4, 8, 14]
     # No longer than the sequences have been together, and no longer than this on any machine.
     assert [paces[-1].rounds(ROWS, True, age) for age in range(6)] == [1, 1, 2, 3, 4, 4]
     # Of a verification that takes half as long as was measured, and of planning that takes twice as long.

@@ -32,7 +32,7 @@ AGAIN = 8
 So what kept drafts away is forgotten after some hundred rounds: they get another chance.
 """
 
-PLANNING_SHARE, IDLE_SHARE = 0.05, 0.005
+PLANNING_SHARE, IDLE_SHARE = 0.02, 0.005
 """Of the time of verification, what observing and planning may take: in rounds that draft, and in those that do not.
 
 On a large model they take less each round.
