@@ -14,6 +14,7 @@ compared with those without drafts (in bfloat16 near-ties may differ, and how of
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -113,7 +114,7 @@ def main(
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
     fixed: Annotated[str, typer.Option(help="Fixed pairs exit:length, or exits with every length.")] = "3,5,8",
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
-    tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 192,
+    tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 96,
     heat_tokens: Annotated[int, typer.Option(help="And in heats.")] = 48,
     heats: Annotated[int, typer.Option(help="Turns of every fixed pair.", min=1)] = 2,
     finalists: Annotated[int, typer.Option(help="Fixed pairs that run the final.")] = 3,
@@ -149,6 +150,8 @@ def main(
     found: dict[str, Any] = {}
     results = {
         "machine": machine(),
+        # With `glibc.malloc.hugetlb=1` all engines have their weights in huge pages, where Linux has some.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": vllm_version},
         "model": about or model.name,
         "settings": settings,

@@ -35,6 +35,8 @@ class Engine:
             max_model_len=1024,
             max_num_seqs=16,
             enable_prefix_caching=False,
+            # Engines are many, and a machine that is short of memory is slow in its own way.
+            kv_cache_memory_bytes=1 << 29,
             disable_log_stats=True,
             **engine,
         )

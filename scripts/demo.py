@@ -42,9 +42,13 @@ PROMPTS = {
     "class TestQueue": "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def test_empty(self):\n",
     "def parse_args": "def parse_args(argv=None):\n    parser = argparse.ArgumentParser(\n",
 }
+ABOUT_DEMO_MODEL = (
+    "The demo model has 7 million parameters. It writes what looks like Python and knows nothing; greedy, it soon "
+    "repeats itself, which is easy to draft."
+)
 REPEATS = 5
-# The load by processor above which figures are not worth much.
-BUSY = 0.5
+# What others may use of the processors, in percent, before figures are not worth much.
+BUSY = 25
 START_TIMEOUT_S = 900
 STOP_TIMEOUT_S = 15
 SERVER_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -112,6 +116,10 @@ class Server:
         """The end of the server's log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
 
+    def says(self) -> str:
+        """What the server's log told last that is no warning."""
+        return next(iter(re.findall(r"INFO .*?\] (.*)", self.log.read_text(errors="replace"))[::-1]), "")
+
     def _speculation_counters(self) -> Counter[str]:
         """What vLLM counted about drafts since the server started; nothing without speculation."""
         with urlopen(f"{self.url}/metrics", timeout=30) as answer:
@@ -161,7 +169,7 @@ def can_compile() -> bool:
 
 
 def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
-    """Poll the server's /health; meanwhile, on a terminal, show the time and the last line of the log."""
+    """Poll the server's /health; meanwhile, on a terminal, show the time and the last word of the log."""
     start = time.monotonic()
     console.print(f"Starting vLLM {server.label} ...")
     with console.status("") as status:
@@ -171,7 +179,7 @@ def wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
                 return
             if process.poll() is not None:
                 raise ChildProcessError(f"ended with exit code {process.returncode} while starting")
-            status.update(f"{elapsed:3.0f} s [dim]{escape(server.last_lines(1)[: max(0, console.width - 12)])}[/]")
+            status.update(f"{elapsed:3.0f} s [dim]{escape(server.says()[: max(0, console.width - 12)])}[/]")
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.25)  # /health can only be asked again; an end is noticed at once
     raise TimeoutError(f"did not answer within {START_TIMEOUT_S} s")
@@ -303,11 +311,8 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, leave)
     os.environ["no_proxy"] = "127.0.0.1"  # a proxy that is set is not for the loopback
-    load, processors = os.getloadavg()[0], os.cpu_count() or 1
-    if load > BUSY * processors:
-        console.print(
-            f"The machine is busy (load {load:.1f} on {processors} processors): expect lower, uneven figures."
-        )
+    if (busy := psutil.cpu_percent(interval=1)) > BUSY:
+        console.print(f"The machine is busy (its processors to {busy:.0f}%): expect lower, uneven figures.")
     if not can_compile():
         console.print("There is no C++ compiler (g++): the models are not compiled, which is slower.")
     try:
@@ -316,6 +321,8 @@ def main() -> int:
             serve("with del", ports[0], options, "--speculative-config", options.speculative_config) as with_del,
             serve("without", ports[1], options) as without,
         ):
+            if options.model == str(DEMO_MODEL):
+                console.print(f"\n{ABOUT_DEMO_MODEL}")
             measurements = compare(with_del, without)
     except (ServerError, OSError) as error:
         console.print(str(error), markup=False)

@@ -95,10 +95,14 @@ if [[ -z $build ]]; then
 fi
 if [[ $build == cpu ]] && ! command -v "${CXX:-g++}" >/dev/null; then
   missing="on a CPU vLLM compiles models with a C++ compiler, and ${CXX:-g++} is not there (on Debian and Ubuntu: g++)"
-  if [[ " $* " == *" test "* ]]; then
+  if [[ " $* " != *" test "* ]]; then
+    printf '[install] %s: without one, serve with --enforce-eager, slower\n' "$missing"
+  elif [[ -z ${CXX:-} && $EUID == 0 ]] && command -v apt-get >/dev/null; then
+    echo "[install] g++, by apt-get"
+    { apt-get update && apt-get install -y --no-install-recommends g++; } >/dev/null || die "$missing"
+  else
     die "$missing"
   fi
-  printf '[install] %s: without one, serve with --enforce-eager, slower\n' "$missing"
 fi
 if [[ ! -x $venv_python || ! -f $venv/.installed-env ]]; then
   "$venv_python" -m pip --version >/dev/null 2>&1 || make_venv

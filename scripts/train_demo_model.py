@@ -48,7 +48,7 @@ def main(
     seed: int = 0,
     meet: Annotated[Path | None, typer.Option(help="Only the second part, from this checkpoint of the first.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on; the recipe's if not said.")] = None,
-    minutes: Annotated[float, typer.Option(help="End the schedule by then, if the tokens do not.")] = 240.0,
+    minutes: Annotated[float, typer.Option(help="End the schedule by then, if the tokens do not.")] = 55.0,
     layers: int = Recipe.layers,
     width: int = Recipe.width,
     workers: Annotated[int, typer.Option(help="CPU cores to use: 1 or 2.", min=1, max=2)] = 2,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_del.policy.cost import Correction
 from vllm_del.policy.predict import Prediction, Profile
 
 BATCHES = (1, 4, 16, 64)
@@ -59,7 +60,7 @@ def profile(
     head = {name: value for name, value in given.items() if value != ""}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("Starting vLLM", total=len(texts) * (2 if head else 1))
+        task = bar.add_task("Starting vLLM", total=len(texts) * (3 if head else 2))
 
         def advance(number: int) -> None:
             bar.update(task, advance=number, description="Prompts")
@@ -113,36 +114,44 @@ def show(result: Profile, predictions: list[Prediction], configuration: dict | N
     """All of it, for a reader."""
     out = Console(highlight=False)
     title = f"{result.model}: {result.num_layers} layers, {result.tokens} tokens, context {result.context} in the mean"
-    columns = ["exit", "asked", "agreement", "confidence, right", "wrong"]
+    columns = ["exit", "asked", "agreement", "its confidence if right", "if wrong"]
     columns += ["agreement, whole head"] if result.head else []
-    exits = Table(*columns, title=title, title_justify="left")
+    exits = Table(*columns)
     for exit in result.exits:
         confidences = f"{exit.confidence_right:.2f}", f"{exit.confidence_wrong:.2f}"
         through_all = [] if exit.whole_head is None else [f"{exit.whole_head:.3f}"]
         exits.add_row(str(exit.depth), str(exit.asked), f"{exit.agreement:.3f}", *confidences, *through_all)
+    # Not as a table's title, which is no wider than the table.
+    out.print(title, soft_wrap=True)
     out.print(exits)
 
-    costs = result.costs
-    title = f"A draft step: {costs.step * 1e3:.3f} ms, each layer, and the head"
-    steps = Table("rows", "layer ms", title=title, title_justify="left")
-    for rows, seconds in zip(costs.rows, costs.layer, strict=True):
-        steps.add_row(str(rows), f"{seconds * 1e3:.3f}")
-    heads = Table("rows", "ms", title="The head", title_justify="left")
-    for rows, seconds in zip(costs.head_rows, costs.head, strict=True):
-        heads.add_row(str(rows), f"{seconds * 1e3:.3f}")
-    whole = Table("tokens", "ms", title="Verification", title_justify="left")
-    for tokens, seconds in zip(costs.tokens, costs.verify, strict=True):
-        whole.add_row(str(tokens), f"{seconds * 1e3:.3f}")
-    for table in (steps, heads, whole):
-        out.print(table)
+    costs, of = result.costs, result.correction
+    out.print(f"\nMilliseconds. A draft step takes {costs.step * 1e3:.3f}, its layers, and the head.", soft_wrap=True)
+    times = Table("rows, or tokens verified", "layer of a draft step", "head", "verification")
+    tables = [
+        dict(zip(numbers, seconds, strict=True))
+        for numbers, seconds in (
+            (costs.rows, costs.layer),
+            (costs.head_rows, costs.head),
+            (costs.tokens, costs.verify),
+        )
+    ]
+    for number in sorted(set().union(*tables)):
+        times.add_row(str(number), *(f"{table[number] * 1e3:.3f}" if number in table else "" for table in tables))
+    out.print(times)
     out.print(
         f"A thousand tokens more of context: {costs.layer_context * 1e6:.3f} ms a row and layer of a draft step, "
-        f"{costs.verify_context * 1e6:.3f} ms a row of a verification.\n"
+        f"{costs.verify_context * 1e6:.3f} ms a row of a verification."
     )
+    if of != Correction():
+        out.print(
+            f"By the clock, while decoding: verification takes {of.verify:.2f} of that, a draft step {of.draft:.2f}; "
+            f"beside them a round takes {of.overhead * 1e3:.2f} ms, and a draft step {of.step * 1e3:.2f} ms."
+        )
+    out.print()
 
-    batches = Table(
-        "batch", "tokens/s without", "with del", "speed-up", "plan", title="Predicted", title_justify="left"
-    )
+    out.print("Predicted")
+    batches = Table("batch", "tokens/s without", "with del", "speed-up", "plan")
     for found in predictions:
         plan = f"{found.length} tokens after layer {found.depth}" if found.length else "no drafts"
         rates = f"{found.without:.0f}", f"{found.best:.0f}", f"{found.speed_up:.2f}"

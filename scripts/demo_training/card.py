@@ -39,7 +39,7 @@ comes to say the one that they say. That costs it some of its own loss, and gain
   installed; tables, encodings and data files left out; one file in {one_in}, by the hash of its path, held out.
 - Batches of 8 windows of 256; from three fifths of the first part on 4 of 512, and one in nine of 2 windows of 2048.
 - Muon for the matrices, AdamW for the rest; learning rates of {rates} at their peaks, cosine to zero.
-- Time: {minutes:.1f} minutes by the clock.
+- Time: {minutes:.1f} minutes of training by the clock; reading the text and scoring come on top.
 
 | part | seed | tokens | steps | minutes | of processor time on each core | cores | computed in | on |
 |---:|---:|---:|---:|---:|---:|---:|---|---|

@@ -82,7 +82,7 @@ def test_rounds_without_a_new_plan_are_learnt_from_too(others_follow: bool) -> N
         plan = mine.plan(batch, limit, limit)
         mine.record(batch, plan, Drafts(tokens, torch.ones(rows, LENGTH)), Launched([], 0.0))
 
-    mine.shadow._share = 0.0
+    mine.shadow.share = 0.0
     for accepted in (0, LENGTH, 1, LENGTH):
         round(slots, accepted)
     assert float(mine.statistics._counts.sum()) == 0

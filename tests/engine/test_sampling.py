@@ -16,7 +16,8 @@ from tests.engine.host import Host
 
 # V2 runs in Triton's interpreter here, some hundred times slower: fewer outcomes to tell apart, from fewer samples.
 VOCAB = {"v1": 8, "v2": 4}
-LENGTH = {"v1": 3, "v2": 2}
+# The first token is the prompt's; two drafts follow, or one and what replaces it.
+LENGTH = 3
 SAMPLES = {"v1": 12_000, "v2": 4_000}
 # All draft from the first round on; the second ends drafts by their confidence, the third is what users get.
 POLICIES = {"fixed": {"del_policy": "fixed"}, "tpl": {"del_objective": "tpl"}, "goodput": {}}
@@ -34,8 +35,8 @@ ENGINE = {"max_num_batched_tokens": 1024, "max_model_len": 32, "num_gpu_blocks_o
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
-def spec(runner: str, policy: str) -> dict[str, Any]:
-    return {"method": "del", **POLICIES[policy], "del_exit_layers": 2, "num_speculative_tokens": LENGTH[runner] - 1}
+def spec(policy: str) -> dict[str, Any]:
+    return {"method": "del", **POLICIES[policy], "del_exit_layers": 2, "num_speculative_tokens": LENGTH - 1}
 
 
 @pytest.fixture
@@ -48,20 +49,19 @@ def sample(
     host: Host, model: str, sampling: dict[str, Any], spec: Any, rows: int = 128
 ) -> tuple[Counter[tuple[int, ...]], int]:
     """Counts of the first tokens over many samples, and the tokens accepted on the way."""
-    length = LENGTH[host.runner]
     # One token more, as a draft has to leave one for the verification.
-    params = {**sampling, "max_tokens": length + 1, "ignore_eos": True, "detokenize": False}
+    params = {**sampling, "max_tokens": LENGTH + 1, "ignore_eos": True, "detokenize": False}
     host.call(_seed)
     outcome = host.generate(model, [PROMPT] * SAMPLES[host.runner], params, spec, max_num_seqs=rows, **ENGINE)
-    return Counter(completion.token_ids[:length] for (completion,) in outcome.completions), outcome.accepted
+    return Counter(completion.token_ids[:LENGTH] for (completion,) in outcome.completions), outcome.accepted
 
 
 @torch.inference_mode()
-def exact(path: str, length: int, sampling: dict[str, Any]) -> dict[tuple[int, ...], float]:
-    """The joint distribution of the first `length` tokens without speculation, computed, not sampled."""
+def exact(path: str, sampling: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """The joint distribution of the first tokens without speculation, computed, not sampled."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     joint: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(length):
+    for _ in range(LENGTH):
         texts = torch.tensor([[*PROMPT, *text] for text in joint])
         logits = model(texts, use_cache=False).logits[:, -1].double() / sampling["temperature"]
         ranked, order = logits.sort(descending=True)
@@ -114,10 +114,10 @@ CASES = [
 @pytest.mark.parametrize(("host", "sampling", "policy"), CASES, indirect=["host"], ids=str, scope="session")
 def test_same_joint_distribution(host: Host, model: str, sampling: dict[str, Any], policy: str) -> None:
     """`del`'s samples have the computed distribution; on V1, that is also what vLLM samples without `del`."""
-    on, accepted = sample(host, model, sampling, spec(host.runner, policy), ROWS[policy])
+    on, accepted = sample(host, model, sampling, spec(policy), ROWS[policy])
     assert accepted > 0
     assert len(on) > 3
-    expected = exact(model, LENGTH[host.runner], sampling)
+    expected = exact(model, sampling)
     assert p_value(on, expected) > CHANCE
     if host.runner == "v1":
         off, _ = sample(host, model, sampling, None)
@@ -129,10 +129,10 @@ def test_a_wrong_rejection_rule_is_noticed(host: Host, model: str) -> None:
     """The tests above have the power they need: drafts accepted a few percent too often fail them."""
     host.call(_favour_drafts, host.runner, WRONG_ODDS[host.runner])
     try:
-        on, _ = sample(host, model, {"temperature": 1.0}, spec(host.runner, "fixed"))
+        on, _ = sample(host, model, {"temperature": 1.0}, spec("fixed"))
     finally:
         host.call(_favour_drafts, host.runner, None)
-    assert p_value(on, exact(model, LENGTH[host.runner], {"temperature": 1.0})) < CHANCE
+    assert p_value(on, exact(model, {"temperature": 1.0})) < CHANCE
 
 
 def _favour_drafts(runner: str, factor: float | None) -> None:

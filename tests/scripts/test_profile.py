@@ -39,6 +39,8 @@ def test_the_demo_model(tmp_path: Path) -> None:
     assert found["exits"][1]["confidence_right"] > found["exits"][1]["confidence_wrong"]
     assert [prediction["batch"] for prediction in found["predictions"]] == [1, 4]
     assert found["costs"]["verify"][0] > found["costs"]["layer"][0] > 0
+    # A round of so small a model is mostly what vLLM does beside it.
+    assert 1 / found["predictions"][0]["without"] > found["correction"]["overhead"] > 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -168,6 +168,7 @@ class Pace:
     def __init__(self, planning_seconds: float, costs: CostTables, learns: bool) -> None:
         self._costs = costs
         self._learns = learns
+        self.most = MOST_ROUNDS
         # As measured at first, and then of the last plans
         self._seconds = deque([planning_seconds] * AS_TABLED, maxlen=LAST)
 
@@ -184,7 +185,7 @@ class Pace:
         verify = self._costs.correction.verify * self._costs.verify_seconds(num_rows)
         affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
         most = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
-        return max(1, min(most, age, MOST_ROUNDS))
+        return max(1, min(most, age, self.most))
 
 
 class Late:

@@ -44,7 +44,7 @@ class ShadowScorer:
         self.head = head
         self.whole_head = whole_head
         self._costs = costs
-        self._share = share
+        self.share = share
         self._by_clock = by_clock
         # Seconds, as the clock has them: what may be spent, and what scoring took so far.
         self._saved, self.seconds = 0.0, 0.0
@@ -55,7 +55,7 @@ class ShadowScorer:
         """A forward over so many tokens has run: its share is there to be spent, or less where nothing is drafted."""
         if self._costs is not None:
             verify = self._costs.correction.verify * self._costs.verify_seconds(tokens)
-            earned = self._share * (1 if drafts else IDLE) * verify
+            earned = self.share * (1 if drafts else IDLE) * verify
             self._saved = min(self._saved + earned, self._head_seconds(SHADOW_ROWS))
 
     def affordable(self, wanted: int, most: int) -> int:

@@ -1,11 +1,16 @@
-"""Runs a model in vLLM without drafting, asks every exit what it would have said, and reads what came of it."""
+"""Runs a model in vLLM without drafting, asks every exit what it would have said, and reads what came of it.
+
+Then once more with drafts, for the clock: what rounds and draft steps take beside what was measured at start.
+"""
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_del.policy.cost import MeasuredCosts
+from vllm_del.draft.clock import MOST_ROUNDS
+from vllm_del.policy.acceptance import DECAY
+from vllm_del.policy.cost import Correction, MeasuredCosts
 from vllm_del.policy.predict import ExitProfile, Profile
 
 
@@ -37,16 +42,14 @@ def profile(
         "method": "del",
         "num_speculative_tokens": max_draft,
         "del_exit_layers": asked,
-        # As much for asking exits as for the model itself: it is what this run is for.
-        "del_shadow_budget": 1.0,
         **head,
     }
     llm = LLM(model, speculative_config=config, max_num_seqs=batch, **engine_args)
-    llm.collective_rpc(_remember_everything)
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"del": {"enabled": False}})
 
-    def decode() -> tuple[int, int, list[list[float]]]:
+    def decode(drafts: bool = False) -> tuple[int, int, list[list[float]]]:
         """Tokens generated, the contexts they were generated in, and by exit what `_take` gives."""
+        llm.collective_rpc(_ask_everything, args=(not drafts,))
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, extra_args={"del": {"enabled": drafts}})
         tokens = contexts = 0
         totals = [[0.0] * 4 for _ in asked]
         # What is cached of a prompt is not asked again.
@@ -69,8 +72,9 @@ def profile(
         llm.collective_rpc(_ask_the_whole_head)
         with_all = [_exit_profile(layers, *total) for layers, total in zip(asked, decode()[2], strict=True)]
         by_exit = [replace(a, whole_head=b.agreement) for a, b in zip(by_exit, with_all, strict=True)]
-    (costs, *_) = llm.collective_rpc(costs_of_worker)
-    return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs, head)
+    decode(drafts=True)
+    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(_correction)
+    return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs, correction, head)
 
 
 def _exit_profile(depth: int, matches: float, mismatches: float, right: float, wrong: float) -> ExitProfile:
@@ -87,11 +91,12 @@ def _policy(worker: Any) -> Any:
     return drafter_of(worker.model_runner).policy
 
 
-def _remember_everything(worker: Any) -> None:
-    """In the worker: nothing fades, and every round counts."""
-    policy = _policy(worker)
-    policy.statistics.decay = 1.0
-    policy.pace = None
+def _ask_everything(worker: Any, everything: bool) -> None:
+    """In the worker: nothing fades, every round counts, and as much may go into asking exits as into the model itself;
+    or all as in service."""
+    policy, budget = _policy(worker), worker.vllm_config.speculative_config.del_shadow_budget
+    policy.statistics.decay, policy.shadow.share = (1.0, 1.0) if everything else (DECAY, budget)
+    policy.pace.most = 1 if everything else MOST_ROUNDS
 
 
 def _ask_the_whole_head(worker: Any) -> None:
@@ -104,6 +109,11 @@ def _take(worker: Any) -> list[list[float]]:
     """In the worker: by exit, matches and mismatches since last time, and the sums of confidence of either."""
     counts, sums = _policy(worker).statistics.take_totals()
     return [[*of_counts, *of_sums] for of_counts, of_sums in zip(counts.tolist(), sums.tolist(), strict=True)]
+
+
+def _correction(worker: Any) -> Correction:
+    """In the worker: what its clock said of these costs, where one corrects them."""
+    return _policy(worker).planner.costs.correction
 
 
 def costs_of_worker(worker: Any) -> MeasuredCosts:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_del.policy.cost import CostTables, MeasuredCosts
+from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
 from vllm_del.policy.planner import Planner
 
 ROUNDS = 8
@@ -59,13 +59,16 @@ class Profile:
     context: int
     exits: list[ExitProfile]
     costs: MeasuredCosts
+    # what the clock said of them while the model decoded
+    correction: Correction = field(default_factory=Correction)
     # fields of the configuration that say which head drafts go through
     head: dict[str, str | int] = field(default_factory=dict)
 
     def predictions(self, batches: Sequence[int]) -> list[Prediction]:
         """The best plan for each batch size."""
         depths, rates = [exit.depth for exit in self.exits], [exit.agreement for exit in self.exits]
-        return [predict(self.costs, depths, rates, self.max_length, batch, self.context) for batch in batches]
+        of_model = self.costs, depths, rates, self.max_length
+        return [predict(*of_model, batch, self.context, self.correction) for batch in batches]
 
     def configuration(self, batches: Sequence[int]) -> dict[str, object] | None:
         """What to serve these batch sizes with; `None` if drafting pays in none of them."""
@@ -88,10 +91,15 @@ def predict(
     max_length: int,
     batch: int,
     context: int,
+    correction: Correction | None = None,
 ) -> Prediction:
-    """The best plan for `batch` sequences of these acceptance rates, with contexts of so many tokens."""
+    """The best plan for `batch` sequences of these acceptance rates, with contexts of so many tokens.
+
+    Without a `correction` the tables alone are what a round takes.
+    """
     cpu = torch.device("cpu")
     tables = CostTables(costs, batch, max_length, cpu)
+    tables.correction = of = correction or Correction()
     planner = Planner(torch.tensor(depths), tables, max_length)
     rates = torch.tensor([list(acceptance)] * batch, dtype=torch.float64)
     limit, contexts = torch.full((batch,), max_length), torch.full((batch,), context)
@@ -101,8 +109,9 @@ def predict(
     row = int(decision.length.argmax())
     return Prediction(
         batch=batch,
-        without=batch / float(tables.verify[batch] + tables.verify_context * context * batch),
-        best=float(decision.tokens / (decision.draft_time + decision.verify_time)),
+        without=batch / (of.verify * tables.verify_seconds(batch, context * batch) + of.overhead),
+        # The planner's times are those of a machine that verifies as the tables say.
+        best=float(decision.tokens / (decision.draft_time + decision.verify_time)) / of.verify,
         depth=depths[int(decision.exit[row])] if length else 0,
         length=length,
     )
