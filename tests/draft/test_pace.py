@@ -76,4 +76,5 @@ def test_the_host_knows_the_bounds_two_rounds_late_however_long_a_choice_serves(
         mine.observe(slots, verified())
         seen.append(mine.plan(slots, torch.ones(ROWS, dtype=torch.int64), torch.zeros(ROWS)).longest)
     assert seen[:2] == [LENGTH, LENGTH]
-    assert seen[2] == seen[3] <= 1
+    # What is drawn at random may make one of the two choices draft nothing.
+    assert max(seen[2:]) <= 1
