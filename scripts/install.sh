@@ -99,7 +99,7 @@ if [[ $build == cpu ]] && ! command -v "${CXX:-g++}" >/dev/null; then
     printf '[install] %s: without one, serve with --enforce-eager, slower\n' "$missing"
   elif [[ -z ${CXX:-} && $EUID == 0 ]] && command -v apt-get >/dev/null; then
     echo "[install] g++, by apt-get"
-    { apt-get update && apt-get install -y --no-install-recommends g++; } >/dev/null || die "$missing"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++; } >/dev/null || die "$missing"
   else
     die "$missing"
   fi

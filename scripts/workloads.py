@@ -19,9 +19,6 @@ HELD_OUT = "held-out"
 
 PROMPT_TOKENS = 32
 
-FEWEST = 2
-"""Requests of a turn, and two for each place."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -45,7 +42,7 @@ def requests_of(workload: str, model: Path, vocab_size: int, tokens: int, turn: 
     """
     kind, places = workload.split(" x")
     rng = random.Random(f"{workload} {turn}")
-    number = max(FEWEST, 2 * int(places))
+    number = 2 * int(places)
     if kind == HELD_OUT:
         prompts = _held_out(model, number, rng)
     else:

@@ -22,7 +22,7 @@ def register() -> None:
             return
         except Exception as error:
             # Of whatever kind: vLLM's own classes may say it when ours are made of them.
-            reason = f"vllm-del does not fit vLLM {vllm_version}, which is installed ({error})"
+            reason = f"vllm-del does not fit vLLM {vllm_version}, which is installed ({type(error).__name__}: {error})"
     else:
         reason = f"vllm-del supports vLLM {SUPPORTED_VLLM}, but vLLM {vllm_version} is installed"
     # Nothing else of ours is imported: it may not fit this vLLM.

@@ -1,5 +1,6 @@
 """On a GPU the host never waits for the device while it observes and plans."""
 
+import inspect
 import traceback
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ class Watch(TorchDispatchMode):
 
 def _place() -> str:
     """The innermost function of ours or vLLM's that runs now, as file:function."""
-    for frame, _ in traceback.walk_stack(None):
+    for frame, _ in traceback.walk_stack(inspect.currentframe()):
         # By module: a checkout may lie in a folder of any name.
         if frame.f_globals.get("__name__", "").split(".")[0] in ("vllm", "vllm_del"):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"

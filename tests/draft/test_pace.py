@@ -19,7 +19,7 @@ def verified(only_decodes: bool = True) -> Verified:
 def test_rounds_of_a_plan() -> None:
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
-    paces = [Pace(seconds * share, costs, learns=False) for seconds in (0, 0.5, 1, 1.8, 3.5)]
+    paces = [Pace(seconds * share, costs, learns=False) for seconds in (0, 0.45, 0.9, 1.8, 3.5)]
     assert [pace.rounds(ROWS, True, 100) for pace in paces] == [1, 1, 1, 2, 4]
     assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 2, 4, 8, 14]
     # No longer than the sequences have been together, and no longer than this on any machine.

@@ -32,7 +32,7 @@ PROMPT = [2, 0, 1, 3]
 ENGINE = {"max_num_batched_tokens": 1024, "max_model_len": 32, "num_gpu_blocks_override": 300}
 
 # V2's thousands of samples take minutes, and on a busy machine more than ten.
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 def spec(policy: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _correction() -> bool:
     """In the engine's process: whether it learns; all go by the same tables, and so by what corrects them."""
     policy = drafter_of(engines._engine(str(DEMO_MODEL), "del", LONG)).policy
     costs = policy.planner.costs
-    assert costs is policy.pace._costs is policy.shadow._costs is policy._stopwatch._costs
+    assert costs is policy.pace._costs is policy.shadow._costs is policy.stopwatch._costs
     return policy.pace._learns
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_del.draft.loop import Launched
-from vllm_del.policy.cost import CostTables
+from vllm_del.policy.cost import Correction, CostTables
 
 LAST, AS_TABLED = 31, 5
 """Of so many rounds the median corrects the tables; at first so many are as if they had been as the tables say, and
@@ -52,13 +52,8 @@ class Stopwatch:
     def __init__(self, costs: CostTables, depths: Sequence[int], learns: bool) -> None:
         self._costs = costs
         self._depths = depths
-        self._learns = learns
-        # Of the last rounds that drafted: what a draft step took and what the tables say of it; None counts as a round
-        # in which drafts were as fast as verification
-        self._draft_steps: deque[tuple[float, float] | None] = deque([None] * AS_TABLED, maxlen=LAST)
-        # Of the last rounds: what the tables say of all else, and what it took beyond that
-        self._tables: deque[float] = deque(maxlen=LAST)
-        self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
+        self.learns = learns
+        self.forget()
         self._undrafted = 0
         # Of this round: when it began, of which sequences it is, its draft steps, by the clock and by the tables
         self._begun, self._slots = 0.0, torch.empty(0, dtype=torch.int64)
@@ -67,6 +62,16 @@ class Stopwatch:
         self._scoring, self._scored = 0.0, 0.0
         # Of what was verified last
         self._contexts, self._only_decodes = 0.0, False
+
+    def forget(self) -> None:
+        """Take the tables at their word again."""
+        self._costs.correction = Correction()
+        # Of the last rounds that drafted: what a draft step took and what the tables say of it; None counts as a round
+        # in which drafts were as fast as verification
+        self._draft_steps: deque[tuple[float, float] | None] = deque([None] * AS_TABLED, maxlen=LAST)
+        # Of the last rounds: what the tables say of all else, and what it took beyond that
+        self._tables: deque[float] = deque(maxlen=LAST)
+        self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
 
     def drafted(self, slots: torch.Tensor, launched: Launched, scored: float) -> None:
         """The drafts of these sequences are there. `scored` is what scoring has taken in all, seconds."""
@@ -93,7 +98,7 @@ class Stopwatch:
             return None
         of, tabled = self._costs.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
         expected = of.draft * self._tabled + of.step * self._steps + of.verify * tabled + of.overhead
-        if self._learns:
+        if self.learns:
             self._learn(now - begun - self._drafted - self._scoring, tabled)
         return expected, now - begun
 

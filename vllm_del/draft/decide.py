@@ -76,7 +76,7 @@ class DynamicPolicy:
         self.shadow = shadow
         self.planner = planner
         self._on_host = on_host
-        self._stopwatch = stopwatch
+        self.stopwatch = stopwatch
         self._num_layers = num_layers
         self.max_length = max_length
         self._depths = torch.tensor(exits, device=device)
@@ -121,8 +121,8 @@ class DynamicPolicy:
         self._outcomes_of = slots
         self._outcomes.append(outcome)
         self._tally.add(outcome)
-        if self._stopwatch:
-            seconds = self._stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
+        if self.stopwatch:
+            seconds = self.stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
             if seconds is not None:
                 self._tally.add_time(*seconds)
         self.shadow.earn(verified.num_tokens, self._drafts)
@@ -261,5 +261,5 @@ class DynamicPolicy:
         confidence = drafts.confidence[: len(slots)].clone()
         length = (tokens != NO_TOKEN).sum(1)
         self._last.keep(slots, Drafted(exit, length, self._expected, self._allowed, confidence))
-        if self._stopwatch:
-            self._stopwatch.drafted(slots, launched, self.shadow.seconds)
+        if self.stopwatch:
+            self.stopwatch.drafted(slots, launched, self.shadow.seconds)

@@ -1,6 +1,6 @@
 """Runs a model in vLLM without drafting, asks every exit what it would have said, and reads what came of it.
 
-Then once more with drafts, for the clock: what rounds and draft steps take beside what was measured at start.
+Then once more with drafts, where the clock tells what rounds and draft steps take beside what was measured at start.
 """
 
 import os
@@ -21,7 +21,7 @@ def profile(
     max_tokens: int,
     batch: int,
     max_draft: int,
-    # of the head that drafts go through: `del_draft_vocab`, `del_draft_head`; if any, prompts are decoded twice
+    # of the head that drafts go through: `del_draft_vocab`, `del_draft_head`; if any, prompts are decoded once more
     head: dict[str, str | int],
     advance: Callable[[int], None],
     engine_args: dict[str, Any],
@@ -68,12 +68,16 @@ def profile(
     # First as a server begins, which has counted nothing yet.
     tokens, contexts, totals = decode()
     by_exit = [_exit_profile(layers, *total) for layers, total in zip(asked, totals, strict=True)]
+    if any(llm.collective_rpc(_goes_by_the_clock)):
+        decode(drafts=True)
+    else:
+        advance(len(prompts))
+    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(_correction)
+    correction = replace(correction)  # it goes on being corrected
     if head:
         llm.collective_rpc(_ask_the_whole_head)
         with_all = [_exit_profile(layers, *total) for layers, total in zip(asked, decode()[2], strict=True)]
         by_exit = [replace(a, whole_head=b.agreement) for a, b in zip(by_exit, with_all, strict=True)]
-    decode(drafts=True)
-    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(_correction)
     return Profile(model, depth, max_draft, tokens, contexts // max(1, tokens), by_exit, costs, correction, head)
 
 
@@ -97,6 +101,13 @@ def _ask_everything(worker: Any, everything: bool) -> None:
     policy, budget = _policy(worker), worker.vllm_config.speculative_config.del_shadow_budget
     policy.statistics.decay, policy.shadow.share = (1.0, 1.0) if everything else (DECAY, budget)
     policy.pace.most = 1 if everything else MOST_ROUNDS
+    # What rounds took that ask everything is no word for those that do not.
+    policy.stopwatch.forget()
+
+
+def _goes_by_the_clock(worker: Any) -> bool:
+    """In the worker: whether its clock corrects the costs."""
+    return _policy(worker).stopwatch.learns
 
 
 def _ask_the_whole_head(worker: Any) -> None:
