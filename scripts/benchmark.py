@@ -89,11 +89,8 @@ def compete(
     """Heats and final of one workload."""
     short, whole = tokens
     # Warms up every engine, and lets the policy meet the workload.
-    play(
-        list({id(contender.engine): contender.again() for contender in (off, dynamic, *pairs)}.values()),
-        range(1),
-        short,
-    )
+    by_engine = {id(contender.engine): contender.again() for contender in (off, dynamic, *pairs)}
+    play(list(by_engine.values()), range(1), short)
     play([off, *pairs], range(1, 1 + heats), short)
     in_heats = {pair.name: round(pair.rate / off.rate, 3) for pair in pairs}
     best = sorted(pairs, key=lambda pair: in_heats[pair.name], reverse=True)[:finalists]

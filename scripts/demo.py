@@ -118,7 +118,8 @@ class Server:
 
     def says(self) -> str:
         """What the server's log told last that is no warning."""
-        return next(iter(re.findall(r"INFO .*?\] (.*)", self.log.read_text(errors="replace"))[::-1]), "")
+        told = re.findall(r"INFO .*?\] (.*)", self.log.read_text(errors="replace"))
+        return told[-1] if told else ""
 
     def _speculation_counters(self) -> Counter[str]:
         """What vLLM counted about drafts since the server started; nothing without speculation."""

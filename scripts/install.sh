@@ -97,7 +97,7 @@ if [[ $build == cpu ]] && ! command -v "${CXX:-g++}" >/dev/null; then
   missing="on a CPU vLLM compiles models with a C++ compiler, and ${CXX:-g++} is not there (on Debian and Ubuntu: g++)"
   if [[ " $* " != *" test "* ]]; then
     printf '[install] %s: without one, serve with --enforce-eager, slower\n' "$missing"
-  elif [[ -z ${CXX:-} && $EUID == 0 ]] && command -v apt-get >/dev/null; then
+  elif [[ -z ${CXX:-} && $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     echo "[install] g++, by apt-get"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++; } >/dev/null || die "$missing"
   else

@@ -104,6 +104,20 @@ def test_a_machine_is_learnt_and_forgotten(
     assert expected == pytest.approx(took) == pytest.approx(ALONE)
 
 
+def test_what_was_learnt_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the rounds before count for nothing, and later ones as at first."""
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    machine.truth = Correction(4.0, 3.0)
+    for _ in range(1 + LAST):
+        machine.round(stopwatch, STEPS)
+    assert COSTS.correction.verify > 2
+    stopwatch.forget()
+    assert COSTS.correction == Correction()
+    machine.truth = Correction()
+    machine.round(stopwatch, STEPS)
+    assert COSTS.correction == near(Correction())
+
+
 def test_what_is_beyond_the_table_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where both are as usual, half of it is overhead; what was expected is what it took all the same."""
     monkeypatch.setattr(clock, "USUAL_OVERHEAD", clock.USUAL_FACTOR * WITH_DRAFTS)

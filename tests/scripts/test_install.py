@@ -138,18 +138,24 @@ def test_without_a_compiler_models_can_be_served_but_not_tested(clone: Path) -> 
     assert calls[-1] == "-m pip install -e .[demo]"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="nobody else may install packages")
-def test_on_a_bare_debian_the_tests_install_their_compiler(clone: Path) -> None:
+@pytest.mark.parametrize("user", [0, 1000])
+def test_on_a_bare_debian_the_tests_install_their_compiler(clone: Path, user: int) -> None:
+    """Where they may."""
     tools = clone / "tools"
     tools.mkdir()
     needed = ["bash", "cat", "cp", "dirname", "flock", "grep", "mkdir", "rm", "sed", "sha256sum", "tail"]
     for name in needed:
         (tools / name).symlink_to(str(shutil.which(name)))
     (clone / "bin" / "g++").unlink()
-    apt_get = clone / "bin" / "apt-get"
-    apt_get.write_text('#!/bin/sh\necho "apt-get $*" >>calls\n')
-    apt_get.chmod(0o755)
+    for name, text in (("apt-get", 'echo "apt-get $*" >>calls'), ("id", f"echo {user}")):
+        program = clone / "bin" / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
     result, calls = install(clone, "test", PATH=f"{clone / 'bin'}:{tools}")
+    if user:
+        assert (result.returncode, calls) == (1, [])
+        assert "g++ is not there" in result.stderr
+        return
     assert result.returncode == 0, result.stderr
     assert calls[:2] == ["apt-get update", "apt-get install -y --no-install-recommends g++"]
     assert calls[-1] == "-m pip install -e .[test]"

@@ -258,15 +258,14 @@ class DelSpeculator(DraftModelSpeculator):
             lengths = [longest.get(request, num_steps) for request in request_ids]
             limit, room = torch.minimum(limit, upload(lengths, self.device)), max(lengths)
         plan = self.policy.plan(slots, limit, batch.seq_lens[: batch.num_reqs])
-        plan = replace(plan, longest=min(plan.longest, room))
+        length = plan.length
         if isinstance(self.policy, DynamicPolicy):
-            lengths, requests = self._late_lengths.exchange(plan.length, request_ids)
+            lengths, requests = self._late_lengths.exchange(length, request_ids)
             self.wanted = dict(zip(requests or (), lengths, strict=True))
         if verified:
             lengths = [verified.get(request, num_steps) for request in request_ids]
-            length = torch.minimum(plan.length, upload(lengths, self.device))
-            plan = replace(plan, length=length, longest=min(plan.longest, max(lengths)))
-        return plan
+            length, room = torch.minimum(length, upload(lengths, self.device)), min(room, max(lengths))
+        return replace(plan, length=length, longest=min(plan.longest, room))
 
     def _verified(
         self,
