@@ -73,6 +73,15 @@ class TestV1Runner:
         """As lists, which the n-gram proposer returns too."""
         assert "isinstance(self._draft_token_ids, list)" in inspect.getsource(at(RUNNER_V1))
 
+    def test_makes_metadata_of_drafts_that_may_be_none(self):
+        """Second of what `_prepare_inputs` gives, whose caller names it so; sampling and drafting take `None`."""
+        prepares, runner = inspect.getsource(at(f"{RUNNER_V1}._prepare_inputs")), inspect.getsource(at(RUNNER_V1))
+        given = "logits_indices, spec_decode_metadata,"
+        assert given in " ".join(prepares.rsplit("return (", 1)[1].split())
+        assert f"{given} max_num_sampled_tokens = ( self._prepare_inputs(" in " ".join(runner.split())
+        for function in ("_sample", "propose_draft_token_ids"):
+            assert "if spec_decode_metadata is None:" in inspect.getsource(at(f"{RUNNER_V1}.{function}"))
+
     def test_calls_what_our_proposer_has(self):
         for name in ("load_model", "initialize_attn_backend", "prepare_inputs_padded", "dummy_run"):
             for call in calls(RUNNER_V1, f"self.drafter.{name}"):

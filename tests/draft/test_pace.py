@@ -3,7 +3,8 @@
 import torch
 
 from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy
-from vllm_del.draft.clock import LAST, MOST_ROUNDS, PLANNING_SHARE, Pace
+from vllm_del.draft.clock import IDLE_SHARE, LAST, MOST_ROUNDS, PLANNING_SHARE, Pace
+from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched
 from vllm_del.draft.verified import Verified
 from vllm_del.policy.cost import Correction
 
@@ -56,6 +57,53 @@ def test_made_anew_when_due_or_for_others() -> None:
     assert [made_by(others) for _ in range(4)] == [True, True, True, False]
     assert made_by(others, only_decodes=False)
     assert made_by(slots)
+
+
+def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
+    """With the same plans in the same rounds, and the same counts, as if each one had been observed and planned."""
+    slots, others = torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
+    limit, nothing = (
+        torch.full((ROWS,), LENGTH),
+        Drafts(torch.full((ROWS, LENGTH), NO_TOKEN), torch.zeros(ROWS, LENGTH)),
+    )
+
+    def serve(may_rest: bool) -> tuple[list[int], list[bool], list[float]]:
+        mine, planned, rested = policy("goodput"), [], []
+        mine._on_host = True
+        costs = mine.planner.costs  # type: ignore[union-attr]
+        mine.pace = Pace(2.9 * IDLE_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
+        mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.01).double()  # type: ignore[method-assign]
+        original = mine._choose
+        mine._choose = lambda *args: planned.append(len(rested) - 1) or original(*args)  # type: ignore[func-returns-value, method-assign]
+        for batch in [slots] * 12 + [others] * 4:
+            rested.append(may_rest and mine.rests(batch, 0, ROWS))
+            if not rested[-1]:
+                mine.observe(batch, verified())
+                plan = mine.plan(batch, limit, limit)
+                assert not plan.longest
+                mine.record(batch, plan, nothing, Launched([], 0.0))
+        return planned, rested, mine._tally.flush().tolist()
+
+    (planned, rested, counts), (of_all, _, counts_of_all) = serve(True), serve(False)
+    assert planned == of_all == [0, 1, 2, 4, 7, 10, 12, 13, 14]
+    assert [number for number, rests in enumerate(rested) if not rests] == planned
+    # The first round of all, and of others, is of what was drafted before it, which is nothing.
+    assert counts[:-2] == counts_of_all[:-2]
+    assert sum(counts[-2 - 1 - LENGTH : -2]) > 0
+
+
+def test_a_plan_of_drafts_is_not_passed_over() -> None:
+    mine, slots = policy("goodput"), torch.tensor([3, 1, 0, 7])
+    mine._on_host = True
+    mine.pace = Pace(100.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
+    mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.99).double()  # type: ignore[method-assign]
+    for _ in range(12):
+        assert not mine.rests(slots, 0, ROWS)
+        mine.observe(slots, verified())
+        # It is one of drafts, also in a round that has no room for any.
+        limit = torch.full((ROWS,), 0 if mine._choice else LENGTH)
+        mine.plan(slots, limit, torch.zeros(ROWS))
+        assert mine._choice is not None
 
 
 def test_what_there_is_room_for_is_new_each_round() -> None:

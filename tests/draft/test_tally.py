@@ -11,7 +11,7 @@ EXITS, LONGEST = 3, 4
 
 
 def test_sums_are_those_of_the_rounds() -> None:
-    rng, tally = random.Random(0), Tally(EXITS, LONGEST)
+    rng, tally = random.Random(0), Tally(EXITS, LONGEST, torch.device("cpu"))
     rows = []
     for _ in range(FLUSH_ROUNDS):
         batch = []
@@ -21,6 +21,7 @@ def test_sums_are_those_of_the_rounds() -> None:
         rows += batch
         exit, length, accepted, expected, allowed = (torch.tensor(column) for column in zip(*batch, strict=True))
         assert not tally.is_due
+        tally.add_undrafted(2)
         drafted = Drafted(exit, length, expected, allowed, torch.empty(0))
         tally.add(Outcome(drafted, length, accepted, torch.ones_like(allowed)))
         tally.add_time(0.5, 0.75)
@@ -36,6 +37,16 @@ def test_sums_are_those_of_the_rounds() -> None:
         expected = sum(row[3] * number for row, number in zip(mine, tried, strict=True))
         assert abs(counts.expected[exit] - expected) < 1e-5
     for length in range(LONGEST + 1):
-        assert counts.lengths[length] == sum(row[1] == length and row[4] for row in rows)
+        undrafted = 2 * FLUSH_ROUNDS if length == 0 else 0
+        assert counts.lengths[length] == undrafted + sum(row[1] == length and row[4] for row in rows)
     assert (counts.planned_seconds, counts.measured_seconds) == (0.5 * FLUSH_ROUNDS, 0.75 * FLUSH_ROUNDS)
     assert not tally.is_due
+
+
+def test_rounds_without_drafts_alone() -> None:
+    tally = Tally(EXITS, LONGEST, torch.device("cpu"))
+    tally.add_undrafted(3)
+    tally.add_undrafted(1)
+    counts = tally.counts(tally.flush().tolist())
+    assert (counts.lengths, counts.drafted) == ([4] + [0] * LONGEST, [0] * EXITS)
+    assert sum(tally.counts(tally.flush().tolist()).lengths) == 0

@@ -1,6 +1,7 @@
 """What is drafted is what the model, cut off at the exit layer, would say after the same text."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.engine import host as engines
 from tests.engine.checkpoints import VOCAB, checkpoint
 from tests.engine.host import RUNNERS, Host
+from vllm_del.draft.clock import Pace
 
 PROMPT = [11, 45, 7, 7, 102, 9, 64, 33]
 # Of one token, of a few, and of several chunks of 48.
@@ -107,12 +109,60 @@ def test_no_more_steps_than_requests_want(host: Host, checkpoints: Path, wish: d
     assert (outcome.accepted > 0) == ("max_draft" in wish)
 
 
+@pytest.mark.parametrize("host", ["v1"], indirect=True)
+def test_rounds_without_drafts_cost_nothing_that_can_be_saved(host: Host, checkpoints: Path) -> None:
+    """They are sampled as without speculation, and hardly ever planned; with the same output, seeds included."""
+    model = checkpoint(checkpoints, "llama")
+    spec = {"method": "del", "del_exit_layers": [1, 3], "num_speculative_tokens": 3}
+    host.call(_count_work, model, spec)
+    seeded = {**GREEDY, "temperature": 0.8, "top_k": 5, "seed": 3, "extra_args": {"del": {"enabled": False}}}
+    outcome = host.generate(model, PROMPTS, seeded, spec)
+    work = host.call(_counted_work, model, spec)
+    assert (outcome.drafted, work["rejection"]) == (0, 0)
+    assert work["rests"] > outcome.steps / 2
+    assert work["rests"] + work["plans"] <= outcome.steps
+    assert outcome.completions == host.generate(model, PROMPTS, seeded).completions
+
+
 def test_nothing_of_its_own_is_in_memory(host: Host, checkpoints: Path) -> None:
     """No weights, and no KV cache: of the same memory there are as many blocks of the same layers as without `del`."""
     model = checkpoint(checkpoints, "llama")
     off, on = (host.call(_memory, model, spec) for spec in (None, {"method": "del"}))
     assert on == off
     assert host.call(_weights_of_its_own, model, {"method": "del"}) == 0
+
+
+def _count_work(model: str, spec: Any) -> None:
+    """In the engine's process: from now on, rounds that rest, plans, and what the rejection sampler does.
+
+    With plans that are as dear as can be, beside which a round is short.
+    """
+    engine = engines._engine(model, spec, {})
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    policy, work = runner.drafter.policy, Counter()
+    runner.counted_work = work, policy.pace
+    policy.pace = Pace(1e6, policy.planner.costs, learns=False)
+    rests, choose, verify = policy.rests, policy._choose, runner.rejection_sampler.forward
+
+    def counted(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            work[name] += result is not False
+            return result
+
+        return call
+
+    policy.rests, policy._choose = counted("rests", rests), counted("plans", choose)
+    runner.rejection_sampler.forward = counted("rejection", verify)
+
+
+def _counted_work(model: str, spec: Any) -> dict[str, int]:
+    engine = engines._engine(model, spec, {})
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    policy = runner.drafter.policy
+    work, policy.pace = runner.counted_work
+    del policy.rests, policy._choose, runner.rejection_sampler.forward
+    return {name: work[name] for name in ("rests", "plans", "rejection")}
 
 
 def _memory(model: str, spec: Any) -> tuple[int, list[list[str]], int]:

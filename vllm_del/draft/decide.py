@@ -37,6 +37,8 @@ class Choice:
     # [rows, exits] float64: what acceptance is expected
     acceptance: torch.Tensor
     together: Together | None = None
+    # whether the host knows that nothing is drafted, whatever there is room for
+    idle: bool = False
 
 
 class FixedPolicy:
@@ -86,7 +88,7 @@ class DynamicPolicy:
         self._outcomes_of = torch.empty(0, dtype=torch.int64)
         # Of the plan of this round, [rows] each: the acceptance rate expected, and whether a row may draft
         self._expected = self._allowed = torch.empty(0)
-        self._tally = Tally(len(exits), max_length)
+        self._tally = Tally(len(exits), max_length, device)
         self._late_counts = Late(first=None)
         # If set, a choice serves several rounds of the same sequences: the one that does, how many rounds these have
         # been together, and had been when it was made
@@ -121,17 +123,11 @@ class DynamicPolicy:
         self._outcomes_of = slots
         self._outcomes.append(outcome)
         self._tally.add(outcome)
-        if self.stopwatch:
-            seconds = self.stopwatch.verified(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
-            if seconds is not None:
-                self._tally.add_time(*seconds)
-        self.shadow.earn(verified.num_tokens, self._drafts)
+        self._time(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
         same = self._choice is not None and self._choice.slots is slots and verified.only_decodes
         self._together = self._together + 1 if same else 0
-        if same and self.pace is not None:
-            rounds = self.pace.rounds(len(slots), self._drafts, self._chosen_at)
-            if self._together - self._chosen_at < rounds:
-                return
+        if same and self._serves(slots, self._together):
+            return
         self._choice = None
         begun, scored_before = time.perf_counter(), self.shadow.seconds
         if verified.ended:
@@ -142,6 +138,38 @@ class DynamicPolicy:
         self._ask(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
         self.statistics.observe(slots, matched, confidence, scored)
         self._observing = time.perf_counter() - begun - (self.shadow.seconds - scored_before)
+
+    def rests(self, slots: torch.Tensor, contexts: int, allowed: int) -> bool:
+        """Whether nothing is drafted after a round that had no drafts and no prompts, of `contexts` tokens in all.
+
+        Then that is all there is to do, in place of `observe`, `plan` and `record`: nothing was to be learnt. `allowed`
+        is how many of the sequences might have drafted. Where the host sees the device's values only.
+        """
+        choice = self._choice
+        if choice is None or choice.slots is not slots or not choice.idle:
+            return False
+        if not self._serves(slots, self._together + 1):
+            return False
+        self._together += 1
+        self._time(slots, len(slots), contexts, only_decodes=True)
+        self._tally.add_undrafted(allowed)
+        if self.stopwatch:
+            self.stopwatch.drafted(slots, Launched([], 0.0), self.shadow.seconds)
+        return True
+
+    def _time(self, slots: torch.Tensor, num_tokens: int, contexts: float, only_decodes: bool) -> None:
+        """A verification of so many tokens is done."""
+        if self.stopwatch:
+            seconds = self.stopwatch.verified(slots, num_tokens, contexts, only_decodes)
+            if seconds is not None:
+                self._tally.add_time(*seconds)
+        self.shadow.earn(num_tokens, self._drafts)
+
+    def _serves(self, slots: torch.Tensor, together: int) -> bool:
+        """Whether the last choice, of these sequences, is one for the round in which they are so many together."""
+        if self.pace is None:
+            return False
+        return together - self._chosen_at < self.pace.rounds(len(slots), self._drafts, self._chosen_at)
 
     def _ask(
         self,
@@ -252,7 +280,8 @@ class DynamicPolicy:
             expected, doubt_below, offset, slope = of_exit.numpy()
             worth = decision.worth.numpy(), float(decision.step_worth)
             together = Together(expected, doubt_below, offset, slope, *worth, survived=np.ones(len(slots)))
-        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together)
+        idle = self._on_host and not decision.length.any()
+        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together, idle)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
         """Rows beyond those of `slots` are padding."""

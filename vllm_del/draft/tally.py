@@ -34,16 +34,22 @@ class Counts:
 class Tally:
     """Device tensors in, `Counts` out."""
 
-    def __init__(self, num_exits: int, max_length: int) -> None:
+    def __init__(self, num_exits: int, max_length: int, device: torch.device) -> None:
         self._num_exits = num_exits
         self._max_length = max_length
+        self._device = device
         self._rounds: list[Outcome] = []
+        self._undrafted = 0
         self._seconds = (0.0, 0.0)
         self._begun = time.perf_counter()
 
     def add(self, outcome: Outcome) -> None:
         """What came of a round."""
         self._rounds.append(outcome)
+
+    def add_undrafted(self, rows: int) -> None:
+        """Of a round without drafts nothing comes: so many rows might have drafted."""
+        self._undrafted += rows
 
     def add_time(self, planned: float, measured: float) -> None:
         """Seconds of a round from its begin to the next one's: as expected, and by the clock."""
@@ -53,10 +59,26 @@ class Tally:
     def is_due(self) -> bool:
         """Whether it is time to add up."""
         late = time.perf_counter() - self._begun > FLUSH_SECONDS
-        return bool(self._rounds) and (late or len(self._rounds) >= FLUSH_ROUNDS)
+        return bool(self._rounds or self._undrafted) and (late or len(self._rounds) >= FLUSH_ROUNDS)
 
     def flush(self) -> torch.Tensor:
         """All that was added, summed: a vector for `counts`. Begins anew."""
+        by_exit = torch.zeros(4, self._num_exits, dtype=torch.float64, device=self._device)
+        lengths = torch.zeros(self._max_length + 1, dtype=torch.float64, device=self._device)
+        if self._rounds:
+            self._sum_up(by_exit, lengths)
+        lengths[0] += self._undrafted
+        times = torch.stack([lengths.new_full((), seconds) for seconds in self._seconds])
+        self._rounds, self._undrafted, self._seconds = [], 0, (0.0, 0.0)
+        self._begun = time.perf_counter()
+        return torch.cat((by_exit.flatten(), lengths, times))
+
+    def _sum_up(
+        self,
+        # [4, exits], [1 + largest draft length] float64
+        by_exit: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> None:
         exit = torch.cat([of.drafted.exit for of in self._rounds])
         length = torch.cat([of.drafted.length for of in self._rounds])
         expected = torch.cat([of.drafted.expected for of in self._rounds])
@@ -65,14 +87,8 @@ class Tally:
         accepted = torch.minimum(drafted, torch.cat([of.accepted for of in self._rounds]))
         tried = accepted + (accepted < drafted)
         counted = torch.stack((drafted, accepted, tried, expected * tried)).double()
-        by_exit = torch.zeros(4, self._num_exits, dtype=torch.float64, device=exit.device)
         by_exit.index_add_(1, exit, counted)
-        lengths = torch.zeros(self._max_length + 1, dtype=torch.float64, device=exit.device)
         lengths.index_add_(0, drafted, allowed)
-        times = torch.stack([lengths.new_full((), seconds) for seconds in self._seconds])
-        self._rounds, self._seconds = [], (0.0, 0.0)
-        self._begun = time.perf_counter()
-        return torch.cat((by_exit.flatten(), lengths, times))
 
     def counts(self, values: list[float]) -> Counts:
         """What a vector of `flush` says."""

@@ -31,6 +31,7 @@ logger = init_logger(f"vllm.{__name__}")
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.loggers import StatLoggerManager
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 OUR_SCHEDULERS = "vllm_del.engine.scheduler"
@@ -166,9 +167,10 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
         else:
             import vllm.v1.sample.rejection_sampler as sampler_v1
             from vllm.v1.spec_decode.draft_model import DraftModelProposer
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
             wrap(DraftModelProposer, "__new__", _make_proposer)
-            wrap(sampler_v1, "apply_sampling_constraints", _allow_no_drafts)
+            wrap(GPUModelRunner, "_prepare_inputs", _sample_as_without_drafts)
             wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
     original(self, *args, **kwargs)
     if isinstance(config.speculative_config, DelConfig):
@@ -283,13 +285,16 @@ def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> 
     return object.__new__(DelProposer if isinstance(vllm_config.speculative_config, DelConfig) else cls)
 
 
-def _allow_no_drafts(original: Callable, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """[fault] V1 on a CPU: a step in which no sequence has a draft may have requests with `top_k`.
+def _sample_as_without_drafts(
+    original: Callable, self: Any, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, "SpecDecodeMetadata | None", int]:
+    """[fault] V1: a step in which no sequence has a draft is sampled as in vLLM without speculation.
 
-    Why: vLLM 0.32 takes the largest `top_k` over the drafted positions, and dies where there are none (as in the
-    step of a first prompt) with any speculative method. Goes when vLLM guards `apply_top_k_only` itself.
+    Why: vLLM 0.32 has the rejection sampler do it with any speculative method, which takes longer, and dies on `top_k`
+    where there is no drafted position. Goes when vLLM makes metadata of drafts only where there are some.
     """
-    return original(logits, *args, **kwargs) if logits.shape[0] else logits
+    logits_indices, of_drafts, most_sampled = original(self, scheduler_output, *args, **kwargs)
+    return logits_indices, of_drafts if scheduler_output.scheduled_spec_decode_tokens else None, most_sampled
 
 
 def _expand_for_any_dtype(

@@ -160,6 +160,8 @@ class DelProposer(DraftModelProposer):
         sampled = ~unfinished
         request_ids = self.runner.input_batch.req_ids
         slots = self.slots_of.of(request_ids)
+        if drafted is None and self._rests(slots, common_attn_metadata):
+            return [[] for _ in range(num_rows)]
         if self.counted is not None or isinstance(self.policy, DynamicPolicy):
             verified = self._verified(
                 common_attn_metadata,
@@ -198,6 +200,19 @@ class DelProposer(DraftModelProposer):
             wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))
             self.report = Report(wanted, self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
+
+    def _rests(self, slots: torch.Tensor, batch_metadata: CommonAttentionMetadata) -> bool:
+        """Whether the policy draws nothing from this round, in which nothing was drafted, and drafts nothing."""
+        policy, batch, num_rows = self.policy, self.runner.input_batch, len(slots)
+        if not isinstance(policy, DynamicPolicy) or not self.alone or self.counted is not None:
+            return False
+        if (batch.num_computed_tokens_cpu[:num_rows] < batch.num_prompt_tokens[:num_rows]).any():
+            return False
+        contexts = int(batch_metadata.seq_lens[:num_rows].sum())
+        if not policy.rests(slots, contexts, num_rows - sum(not most for most in self.allowance.longest.values())):
+            return False
+        self.report = Report(counts=policy.counts())
+        return True
 
     def _verified(
         self,
