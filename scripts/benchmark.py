@@ -4,13 +4,15 @@
     python scripts/benchmark.py /tmp/s1b --out scripts/results/synthetic-1b-cpu.json
     python scripts/benchmark.py scripts/demo_model --dtype float32 --exits 2,4 --longest 6
 
-All engines are started first, and contenders take turns with every workload, short ones and each time another first,
-so that a machine that is slower for a while is slower for all of them. An engine is kept full, as a busy server is: as
-one sequence ends another begins. Every turn has texts of its own, the same ones for all. Fixed pairs are many: all of
-them run heats, and the best ones the final, which alone counts; the best of these is compared with, which flatters it a
-little. The dynamic policy goes on from one workload to the next with what it has learnt, as in a server. Outputs are
-compared with those without drafts (in bfloat16 near-ties may differ, and how often is said). The model is one of
-`synthetic.py`, whose prompts choose how easy it is, or the demo model, which continues files it was not trained on.
+All engines are started first, and contenders go through every workload side by side, some tokens each at a time, so
+that a machine that is slower for a while is slower for all of them. An engine is kept full, as a busy server is: as
+one sequence ends another begins. Every turn has texts of its own, the same ones for all. Fixed pairs are many, and
+those of one exit share an engine: each runs heats beside one of every other exit and no drafts, and the best of every
+exit the final, which alone counts; the best of these is compared with. That flatters it a little, and heats may miss
+the very best length. The dynamic policy goes on from one workload to the next with what it has learnt, as in a server.
+Outputs are compared with those without drafts (in bfloat16 near-ties may differ, and how often is said). The model is
+one of `synthetic.py`, whose prompts choose how easy it is, or the demo model, which continues files it was not trained
+on.
 """
 
 import json
@@ -18,6 +20,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -37,11 +40,14 @@ from vllm_del.policy.predict import predict
 
 console = Console(highlight=False)
 
+ENOUGH = 200
+"""Drafts whose fate is known, to take the acceptance rate of an exit from."""
+
 
 def pairs_of(fixed: str, longest: int) -> dict[int, list[int]]:
-    """Lengths by exit: "3,5:2,5:4" is every length at exit 3, and two at exit 5."""
+    """Lengths by exit: "3,5:2,5:4" is every length at exit 3, and two at exit 5; "" is none."""
     pairs: dict[int, list[int]] = {}
-    for pair in fixed.split(","):
+    for pair in filter(None, fixed.split(",")):
         depth, _, length = pair.partition(":")
         pairs.setdefault(int(depth), []).extend([int(length)] if length else range(1, longest + 1))
     return pairs
@@ -62,23 +68,33 @@ def estimates(counts: list[Counts]) -> dict[str, Any]:
     return found
 
 
-def allowed(dynamic: Engine, workload: str, about: dict[str, Any], exits: list[int], tokens: int) -> float | None:
-    """The speed-up that measured costs and the model's agreement allow; of a workload whose sequences are alike."""
+def allowed(
+    dynamic: Engine, workload: str, about: dict[str, Any], exits: list[int], tokens: int
+) -> tuple[float | None, dict[int, float]]:
+    """The speed-up that costs as measured at start and the acceptance of drafts allow, and the acceptance by exit.
+
+    Of sequences that are alike. For exits that hardly drafted, the agreement that the model was made with.
+    """
     kind, number = workload.split(" x")
     agreement = about.get("agreement_by_exit", {}).get(kind)
     if agreement is None or any(str(depth) not in agreement for depth in exits):
-        return None
+        return None, {}
     (costs,) = dynamic.llm.collective_rpc(costs_of_worker)
     rates = [agreement[str(depth)] for depth in exits]
+    for index in range(len(exits)):
+        tried, accepted = (sum(getattr(of, name)[index] for of in dynamic.counts) for name in ("tried", "accepted"))
+        if tried >= ENOUGH:
+            rates[index] = accepted / tried
     longest = dynamic.llm.llm_engine.vllm_config.num_speculative_tokens
-    return predict(costs, exits, rates, longest, int(number), PROMPT_TOKENS + tokens // 2).speed_up
+    best = predict(costs, exits, rates, longest, int(number), PROMPT_TOKENS + tokens // 2)
+    return best.speed_up, {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
 
 
 def compete(
     off: Contender,
     dynamic: Contender,
-    pairs: list[Contender],
-    finalists: int,
+    # by exit
+    pairs: list[list[Contender]],
     heats: int,
     repeats: int,
     # tokens of a sequence, in heats and in the final
@@ -89,15 +105,16 @@ def compete(
     """Heats and final of one workload."""
     short, whole = tokens
     # Warms up every engine, and lets the policy meet the workload.
-    by_engine = {id(contender.engine): contender.again() for contender in (off, dynamic, *pairs)}
-    play(list(by_engine.values()), range(1), short)
-    play([off, *pairs], range(1, 1 + heats), short)
-    in_heats = {pair.name: round(pair.rate / off.rate, 3) for pair in pairs}
-    best = sorted(pairs, key=lambda pair: in_heats[pair.name], reverse=True)[:finalists]
+    play([contender.again() for contender in (off, dynamic, *(of_exit[0] for of_exit in pairs))], range(1), short)
+    in_heats: dict[str, float] = {}
+    for of_heat in zip_longest(*pairs):
+        beside, *heat = [contender.again() for contender in (off, *filter(None, of_heat))]
+        play([beside, *heat], range(1, 1 + heats), short)
+        in_heats |= {pair.name: round(pair.rate / beside.rate, 3) for pair in heat}
+    best = [max(of_exit, key=lambda pair: in_heats[pair.name]).again() for of_exit in pairs]
     dynamic.engine.counts.clear()
-    off, dynamic, *best = final = [contender.again() for contender in (off, dynamic, *best)]
-    play(final, range(1 + heats, 1 + heats + repeats), whole)
-    found: dict[str, Any] = {contender.name: contender.figures(off) for contender in final}
+    play([off, dynamic, *best], range(1 + heats, 1 + heats + repeats), whole)
+    found: dict[str, Any] = {contender.name: contender.figures(off) for contender in (off, dynamic, *best)}
     found["dynamic"] |= estimates(dynamic.engine.counts)
     if best:
         found["dynamic_over_best_fixed"] = round(dynamic.rate / max(pair.rate for pair in best), 3)
@@ -109,12 +126,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     exits: Annotated[str, typer.Option(help="Depths for the dynamic policy.")] = "3,5,8",
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
-    fixed: Annotated[str, typer.Option(help="Fixed pairs exit:length, or exits with every length.")] = "3,5,8",
+    fixed: Annotated[str, typer.Option(help="Fixed pairs exit:length, exits with every length, or none.")] = "3,5,8",
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
     tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 96,
     heat_tokens: Annotated[int, typer.Option(help="And in heats.")] = 48,
     heats: Annotated[int, typer.Option(help="Turns of every fixed pair.", min=1)] = 2,
-    finalists: Annotated[int, typer.Option(help="Fixed pairs that run the final.")] = 3,
     repeats: Annotated[int, typer.Option(help="Turns of the final.")] = 10,
     dtype: str = "bfloat16",
     eager: Annotated[bool, typer.Option("--eager", help="Compile nothing.")] = False,
@@ -141,7 +157,6 @@ def main(
         "longest": longest,
         "fixed": fixed,
         "heats": heats,
-        "finalists": finalists,
         "repeats": repeats,
     }
     found: dict[str, Any] = {}
@@ -156,8 +171,8 @@ def main(
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        num_pairs = sum(map(len, pairs.values()))
-        num_turns = len(specs) + heats * (1 + num_pairs) + repeats * (2 + min(finalists, num_pairs))
+        in_heats = sum(map(len, pairs.values())) + max(map(len, pairs.values()), default=0)
+        num_turns = len(specs) + heats * in_heats + repeats * len(specs)
         task = bar.add_task("Starting", total=len(specs) + len(names) * num_turns)
         engines: dict[str, Engine] = {}
         for name, spec in specs.items():
@@ -172,11 +187,11 @@ def main(
 
                 take_turns(contenders, (requests_of(workload, model, vocab_size, tokens, turn) for turn in turns), tell)
 
-            fixed_pairs = [Contender(f"fixed {e}:{n}", engines[f"exit {e}"], n) for e in pairs for n in pairs[e]]
-            lengths = heat_tokens, tokens
-            of = compete(off.again(), dynamic.again(), fixed_pairs, finalists, heats, repeats, lengths, play)
+            by_exit = [[Contender(f"fixed {e}:{n}", engines[f"exit {e}"], n) for n in pairs[e]] for e in pairs]
+            of = compete(off.again(), dynamic.again(), by_exit, heats, repeats, (heat_tokens, tokens), play)
             found[workload] = of
-            of["allowed"] = allowed(engines["dynamic"], workload, about, list(map(int, exits.split(","))), tokens)
+            depths = list(map(int, exits.split(",")))
+            of["allowed"], of["allowed_at"] = allowed(engines["dynamic"], workload, about, depths, tokens)
             show(workload, of)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +206,7 @@ def show(workload: str, found: dict[str, Any]) -> None:
             shown = (of["tokens_per_second"], of["speed_up"], of["accepted_of_drafted"] or "")
             table.add_row(name, *map(str, shown))
     if found["allowed"]:
-        table.add_row("costs and agreement allow", "", f"{found['allowed']:.3f}", "")
+        table.add_row("costs and acceptance allow", "", f"{found['allowed']:.3f}", "")
     for name, speed_up in found["heats"].items():
         table.add_row(f"{name}, in heats", "", str(speed_up), "")
     console.print(table)

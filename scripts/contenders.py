@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import harmonic_mean
 from typing import Any
@@ -22,6 +22,9 @@ from vllm.sampling_params import RequestOutputKind
 from workloads import Request
 
 from vllm_del.draft.tally import Counts
+
+SLICE = 48
+"""Tokens of each place after which the next contender goes on: a machine may be half as fast again within seconds."""
 
 
 class Engine:
@@ -61,6 +64,13 @@ class Engine:
         scheduler.make_spec_decoding_stats, scheduler.update_from_output = counted, updated
 
 
+def _pause(worker: Any) -> None:
+    """In the worker: a policy that holds rounds against the clock leaves out the one that others went between."""
+    drafter = getattr(worker.model_runner, "drafter", None)
+    if (stopwatch := getattr(getattr(drafter, "policy", None), "stopwatch", None)) is not None:
+        stopwatch.pause()
+
+
 @dataclass
 class Contender:
     """A way to draft on one of the engines, and what it made of a workload so far."""
@@ -77,12 +87,12 @@ class Contender:
     generated: int = 0
     texts: list[list[int]] = field(default_factory=list)
 
-    def turn(self, places: int, requests: list[Request]) -> None:
-        """Serve them once. Timed for as long as every place is taken."""
+    def turn(self, places: int, requests: list[Request]) -> Iterator[None]:
+        """Serve them once, a slice for each `next`. Timed for as long as every place is taken."""
         engine, waiting, alive, generated = self.engine.llm.llm_engine, deque(enumerate(requests)), 0, 0
         drafted, accepted = self.engine.drafted, self.engine.accepted
         texts: list[list[int]] = [[] for _ in requests]
-        rate, begin = None, time.perf_counter()
+        rate, seconds, begin, slice_end = None, 0.0, time.perf_counter(), SLICE * places
         while alive or waiting:
             while waiting and alive < places:
                 number, request = waiting.popleft()
@@ -101,7 +111,13 @@ class Contender:
                 generated += len(output.outputs[0].token_ids)
                 alive -= output.finished
             if rate is None and not waiting and alive < places:
-                rate = generated / (time.perf_counter() - begin)
+                rate = generated / (seconds + time.perf_counter() - begin)
+            if generated >= slice_end:
+                slice_end += SLICE * places
+                seconds += time.perf_counter() - begin
+                yield
+                self.engine.llm.collective_rpc(_pause)
+                begin = time.perf_counter()
         assert rate is not None
         self.rates.append(rate)
         self.texts += texts
@@ -134,9 +150,17 @@ class Contender:
 def take_turns(
     contenders: list[Contender], turns: Iterable[tuple[int, list[Request]]], tell: Callable[[Contender], None]
 ) -> None:
-    """All of them take each turn, another one first each time; `tell` hears whose turn it is."""
+    """All of them take each turn side by side, slice by slice, another one first each time; each on its own engine.
+
+    `tell` hears who is done.
+    """
+    assert len({id(contender.engine) for contender in contenders}) == len(contenders)
     for number, (places, requests) in enumerate(turns):
         first = number % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
-            tell(contender)
-            contender.turn(places, requests)
+        waiting = deque((each, each.turn(places, requests)) for each in contenders[first:] + contenders[:first])
+        while waiting:
+            contender, turn = waiting.popleft()
+            if next(turn, waiting) is waiting:
+                tell(contender)
+            else:
+                waiting.append((contender, turn))

@@ -201,7 +201,7 @@ class TestAttributes:
             (
                 "vllm.v1.attention.backend:CommonAttentionMetadata",
                 "seq_lens max_seq_len query_start_loc_cpu",
-                "engine/proposer.py",
+                "engine/proposer.py, engine/steps.py",
             ),
             ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", "num_draft_tokens", "engine/proposer.py"),
             (
@@ -213,7 +213,17 @@ class TestAttributes:
             (
                 "vllm.v1.worker.gpu_input_batch:InputBatch",
                 "block_table req_ids num_prompt_tokens num_computed_tokens_cpu num_tokens_no_spec",
-                "engine/proposer.py",
+                "engine/proposer.py, engine/steps.py",
+            ),
+            (
+                "vllm.v1.worker.gpu_input_batch:InputBatch",
+                "thinking_budget_state_holder",
+                "engine/patches.py",
+            ),
+            (
+                "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
+                "in_spec_mode",
+                "engine/patches.py",
             ),
             ("vllm.v1.worker.block_table:MultiGroupBlockTable", "block_tables", "engine/proposer.py"),
             ("vllm.v1.worker.block_table:BlockTable", "block_size get_device_tensor", "engine/proposer.py"),
@@ -222,7 +232,7 @@ class TestAttributes:
                 "num_reqs req_ids idx_mapping idx_mapping_np seq_lens seq_lens_cpu_upper_bound query_start_loc "
                 "input_ids num_tokens num_draft_tokens num_scheduled_tokens prefill_len_np "
                 "num_computed_prefill_tokens_np",
-                "engine/speculator.py",
+                "engine/speculator.py, engine/steps.py",
             ),
             ("vllm.v1.worker.gpu.states:RequestState", "prompt_len", "engine/speculator.py"),
             (

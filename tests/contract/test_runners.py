@@ -83,7 +83,8 @@ class TestV1Runner:
             assert "if spec_decode_metadata is None:" in inspect.getsource(at(f"{RUNNER_V1}.{function}"))
 
     def test_calls_what_our_proposer_has(self):
-        for name in ("load_model", "initialize_attn_backend", "prepare_inputs_padded", "dummy_run"):
+        names = "load_model initialize_attn_backend prepare_inputs_padded prepare_next_token_ids_padded dummy_run"
+        for name in names.split():
             for call in calls(RUNNER_V1, f"self.drafter.{name}"):
                 method = getattr(ours("DelProposer"), name)
                 assert (misfit := call.misfit(method, is_bound=True)) is None, misfit

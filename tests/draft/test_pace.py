@@ -22,7 +22,7 @@ def test_rounds_of_a_plan() -> None:
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
     paces = [Pace(seconds * share, costs, learns=False) for seconds in (0, 0.45, 0.9, 1.8, 3.5)]
     assert [pace.rounds(ROWS, True, 100) for pace in paces] == [1, 1, 1, 2, 4]
-    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 2, 4, 8, 14]
+    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 4, 8, 15, MOST_ROUNDS]
     # No longer than the sequences have been together, and no longer than this on any machine.
     assert [paces[-1].rounds(ROWS, True, age) for age in range(6)] == [1, 1, 2, 3, 4, 4]
     # Of a verification that takes half as long as was measured, and of planning that takes twice as long.
@@ -76,7 +76,7 @@ def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
         original = mine._choose
         mine._choose = lambda *args: planned.append(len(rested) - 1) or original(*args)  # type: ignore[func-returns-value, method-assign]
         for batch in [slots] * 12 + [others] * 4:
-            rested.append(may_rest and mine.rests(batch, 0, ROWS))
+            rested.append(may_rest and mine.rest(batch, 0, ROWS))
             if not rested[-1]:
                 mine.observe(batch, verified())
                 plan = mine.plan(batch, limit, limit)
@@ -98,7 +98,7 @@ def test_a_plan_of_drafts_is_not_passed_over() -> None:
     mine.pace = Pace(100.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
     mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.99).double()  # type: ignore[method-assign]
     for _ in range(12):
-        assert not mine.rests(slots, 0, ROWS)
+        assert not mine.rest(slots, 0, ROWS)
         mine.observe(slots, verified())
         # It is one of drafts, also in a round that has no room for any.
         limit = torch.full((ROWS,), 0 if mine._choice else LENGTH)

@@ -104,6 +104,21 @@ def test_a_machine_is_learnt_and_forgotten(
     assert expected == pytest.approx(took) == pytest.approx(ALONE)
 
 
+def test_a_pause_is_no_part_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
+    for _ in range(1 + LAST):
+        machine.round(stopwatch, STEPS)
+    # Made within `round`, after the drafts: between them and the verification.
+    drafted = stopwatch.drafted
+    for _ in range(LAST):
+        stopwatch.drafted = lambda *args: (drafted(*args), stopwatch.pause())  # type: ignore[method-assign]
+        machine.now += 1000.0
+        assert machine.round(stopwatch, STEPS) is None
+        stopwatch.drafted = drafted  # type: ignore[method-assign]
+        expected, took = machine.round(stopwatch, STEPS)
+        assert expected == pytest.approx(took)
+
+
 def test_what_was_learnt_can_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the rounds before count for nothing, and later ones as at first."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm.config import ReasoningConfig
 
 from tests.engine import host as engines
 from tests.engine.checkpoints import VOCAB, checkpoint
@@ -121,7 +122,29 @@ def test_rounds_without_drafts_cost_nothing_that_can_be_saved(host: Host, checkp
     assert (outcome.drafted, work["rejection"]) == (0, 0)
     assert work["rests"] > outcome.steps / 2
     assert work["rests"] + work["plans"] <= outcome.steps
+    # Not one that might have drafted.
+    assert work["might have drafted"] == 0
     assert outcome.completions == host.generate(model, PROMPTS, seeded).completions
+
+
+@pytest.mark.parametrize("host", ["v1"], indirect=True)
+@pytest.mark.parametrize("drafts", [3, 0], ids=["some rows draft", "none drafts"])
+def test_a_thinking_budget_ends_its_own_row(host: Host, checkpoints: Path, drafts: int) -> None:
+    """Also in steps in which no row has a draft, whose logits lie in another way."""
+    model, begin, end, budget = checkpoint(checkpoints, "llama"), 150, 151, 6
+    thinking = ReasoningConfig(reasoning_start_str="<think>", reasoning_end_str="</think>")
+    thinking._reasoning_start_token_ids = [begin]
+    thinking._reasoning_end_token_ids = thinking._natural_reasoning_end_token_ids = [end]
+    plain = {**GREEDY, "max_tokens": 12, "extra_args": {"del": {"max_draft": drafts}}}
+    each = [plain, {**plain, "thinking_token_budget": budget, "extra_args": {"del": {"enabled": False}}}]
+    prompts = [PROMPT, [*PROMPT, begin]]
+    spec = {"method": "del", "del_exit_layers": [1, 3], "num_speculative_tokens": 3}
+    off, on = (host.generate(model, prompts, each, spec, reasoning_config=thinking) for spec in (None, spec))
+    assert on.completions == off.completions
+    (others,), (thinks,) = on.completions
+    assert end not in others.token_ids
+    assert thinks.token_ids.index(end) == budget
+    assert bool(on.accepted) == bool(drafts)
 
 
 def test_nothing_of_its_own_is_in_memory(host: Host, checkpoints: Path) -> None:
@@ -142,7 +165,7 @@ def _count_work(model: str, spec: Any) -> None:
     policy, work = runner.drafter.policy, Counter()
     runner.counted_work = work, policy.pace
     policy.pace = Pace(1e6, policy.planner.costs, learns=False)
-    rests, choose, verify = policy.rests, policy._choose, runner.rejection_sampler.forward
+    rest, choose, verify = policy.rest, policy._choose, runner.rejection_sampler.forward
 
     def counted(name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -152,8 +175,9 @@ def _count_work(model: str, spec: Any) -> None:
 
         return call
 
-    policy.rests, policy._choose = counted("rests", rests), counted("plans", choose)
+    policy.rest, policy._choose = counted("rests", rest), counted("plans", choose)
     runner.rejection_sampler.forward = counted("rejection", verify)
+    policy._tally.add_undrafted = lambda rows: work.update({"might have drafted": rows})
 
 
 def _counted_work(model: str, spec: Any) -> dict[str, int]:
@@ -161,8 +185,8 @@ def _counted_work(model: str, spec: Any) -> dict[str, int]:
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     policy = runner.drafter.policy
     work, policy.pace = runner.counted_work
-    del policy.rests, policy._choose, runner.rejection_sampler.forward
-    return {name: work[name] for name in ("rests", "plans", "rejection")}
+    del policy.rest, policy._choose, policy._tally.add_undrafted, runner.rejection_sampler.forward
+    return dict(work) | {name: work[name] for name in ("rejection", "might have drafted")}
 
 
 def _memory(model: str, spec: Any) -> tuple[int, list[list[str]], int]:

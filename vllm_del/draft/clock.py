@@ -32,7 +32,7 @@ AGAIN = 8
 So what kept drafts away is forgotten after some hundred rounds: they get another chance.
 """
 
-PLANNING_SHARE, IDLE_SHARE = 0.02, 0.005
+PLANNING_SHARE, IDLE_SHARE = 0.02, 0.0025
 """Of the time of verification, what observing and planning may take: in rounds that draft, and in those that do not.
 
 On a large model they take less each round.
@@ -73,6 +73,10 @@ class Stopwatch:
         self._tables: deque[float] = deque(maxlen=LAST)
         self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
 
+    def pause(self) -> None:
+        """The next verification ends no round: something else comes between."""
+        self._slots = torch.empty(0, dtype=torch.int64)
+
     def drafted(self, slots: torch.Tensor, launched: Launched, scored: float) -> None:
         """The drafts of these sequences are there. `scored` is what scoring has taken in all, seconds."""
         self._slots, self._steps, self._drafted = slots, len(launched.steps), launched.seconds
@@ -92,7 +96,8 @@ class Stopwatch:
         """
         now, begun, before = time.perf_counter(), self._begun, self._only_decodes
         same = self._slots is slots and only_decodes
-        self._begun, self._slots = now, torch.empty(0, dtype=torch.int64)
+        self._begun = now
+        self.pause()
         self._contexts, self._only_decodes = contexts, only_decodes
         if not same or not before:
             return None

@@ -139,11 +139,12 @@ class DynamicPolicy:
         self.statistics.observe(slots, matched, confidence, scored)
         self._observing = time.perf_counter() - begun - (self.shadow.seconds - scored_before)
 
-    def rests(self, slots: torch.Tensor, contexts: int, allowed: int) -> bool:
-        """Whether nothing is drafted after a round that had no drafts and no prompts, of `contexts` tokens in all.
+    def rest(self, slots: torch.Tensor, contexts: int, allowed: int) -> bool:
+        """Pass over a round that had no drafts and no prompts, of `contexts` tokens in all, if nothing is drafted after
+        it either: whether that is so.
 
-        Then that is all there is to do, in place of `observe`, `plan` and `record`: nothing was to be learnt. `allowed`
-        is how many of the sequences might have drafted. Where the host sees the device's values only.
+        It is then in place of `observe`, `plan` and `record`: nothing was to be learnt. `allowed` is how many of the
+        sequences might have drafted. Where the host sees the device's values only.
         """
         choice = self._choice
         if choice is None or choice.slots is not slots or not choice.idle:

@@ -19,7 +19,7 @@ PROMPT_POSITIONS = 32
 BURST = 32
 """How many rows are worth a pass of the head where not all that are wanted can be paid."""
 
-IDLE = 0.25
+IDLE = 0.125
 """What is spent of the budget where nothing is drafted: nothing but that drafting may pay again is to be learnt."""
 
 

@@ -67,7 +67,8 @@ class Tally:
         lengths = torch.zeros(self._max_length + 1, dtype=torch.float64, device=self._device)
         if self._rounds:
             self._sum_up(by_exit, lengths)
-        lengths[0] += self._undrafted
+        if self._undrafted:
+            lengths[0] += self._undrafted
         times = torch.stack([lengths.new_full((), seconds) for seconds in self._seconds])
         self._rounds, self._undrafted, self._seconds = [], 0, (0.0, 0.0)
         self._begun = time.perf_counter()

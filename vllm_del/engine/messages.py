@@ -22,7 +22,7 @@ class Allowance:
 class Report:
     """With a step's output."""
 
-    # by request id, how long a draft the policy wants to make; `None` where the drafts themselves come back in time
+    # by request id, how long a draft the policy wants to make; `None` for as last time
     wanted: dict[str, int] | None = None
     # if some are due
     counts: Counts | None = None

@@ -291,10 +291,16 @@ def _sample_as_without_drafts(
     """[fault] V1: a step in which no sequence has a draft is sampled as in vLLM without speculation.
 
     Why: vLLM 0.32 has the rejection sampler do it with any speculative method, which takes longer, and dies on `top_k`
-    where there is no drafted position. Goes when vLLM makes metadata of drafts only where there are some.
+    where there is no drafted position. Goes when vLLM makes metadata of drafts only where there are some. Then it also
+    has to tell a thinking budget whose rows the logits are: one for each sequence, or for each of its drafts.
     """
     logits_indices, of_drafts, most_sampled = original(self, scheduler_output, *args, **kwargs)
-    return logits_indices, of_drafts if scheduler_output.scheduled_spec_decode_tokens else None, most_sampled
+    if not isinstance(self.speculative_config, DelConfig):
+        return logits_indices, of_drafts, most_sampled
+    any_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
+    if (thinking := self.input_batch.thinking_budget_state_holder) is not None:
+        thinking.in_spec_mode = any_drafts
+    return logits_indices, of_drafts if any_drafts else None, most_sampled
 
 
 def _expand_for_any_dtype(

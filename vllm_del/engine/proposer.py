@@ -22,14 +22,13 @@ from vllm_del.config import DelConfig
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
 from vllm_del.draft.loop import NO_TOKEN, AttentionContext, DraftRows, Drafts, Forward, draft, eager, run_segments
 from vllm_del.draft.network import EarlyExitNetwork
-from vllm_del.draft.shadow import PROMPT_POSITIONS
-from vllm_del.draft.verified import Verified
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.draft_head import make_heads
 from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
+from vllm_del.engine.steps import on_v1
 from vllm_del.kernels.advance_rows import PAD_SLOT
 
 
@@ -119,6 +118,25 @@ class DelProposer(DraftModelProposer):
             hidden_states = output[0] if isinstance(output, tuple) else output
             self.model.target.compute_logits(hidden_states).argmax(-1)
 
+    def prepare_next_token_ids_padded(
+        self,
+        # [batch_size, 1 + longest draft]
+        sampled_token_ids: torch.Tensor,
+        requests: Any,
+        gpu_input_batch: Any,
+        # [rows] bool
+        discard_request_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called before `propose`: the next token of each row, and how many it has sampled, [batch_size] int32 each.
+
+        Where every row has sampled one there is nothing to look for, nor to replace by what the request had before.
+        """
+        num_rows, most = sampled_token_ids.shape
+        if most == 1 and not discard_request_mask[:num_rows].any():
+            next_token_ids = sampled_token_ids[:, 0].int()
+            return next_token_ids, torch.ones_like(next_token_ids)
+        return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
+
     def prepare_inputs_padded(
         self,
         common_attn_metadata: CommonAttentionMetadata,
@@ -160,16 +178,18 @@ class DelProposer(DraftModelProposer):
         sampled = ~unfinished
         request_ids = self.runner.input_batch.req_ids
         slots = self.slots_of.of(request_ids)
-        if drafted is None and self._rests(slots, common_attn_metadata):
+        if drafted is None and sampled.all() and self._rest(slots, common_attn_metadata):
             return [[] for _ in range(num_rows)]
         if self.counted is not None or isinstance(self.policy, DynamicPolicy):
-            verified = self._verified(
-                common_attn_metadata,
+            verified = on_v1(
+                self.runner.input_batch,
                 drafted,
+                common_attn_metadata,
+                self.slots_of.new_rows,
                 rejected,
                 sampled,
                 target_token_ids,
-                target_hidden_states,
+                target_hidden_states.split(self.hidden_size, dim=-1),
                 next_token_ids,
             )
             if self.counted is not None:
@@ -201,61 +221,19 @@ class DelProposer(DraftModelProposer):
             self.report = Report(wanted, self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
 
-    def _rests(self, slots: torch.Tensor, batch_metadata: CommonAttentionMetadata) -> bool:
-        """Whether the policy draws nothing from this round, in which nothing was drafted, and drafts nothing."""
+    def _rest(self, slots: torch.Tensor, batch_metadata: CommonAttentionMetadata) -> bool:
+        """Pass over a round in which nothing was drafted, every row has sampled a token, and nothing is to be drafted,
+        and say whether it is such a one. Where tokens are counted, or ranks go in step, no round is."""
         policy, batch, num_rows = self.policy, self.runner.input_batch, len(slots)
         if not isinstance(policy, DynamicPolicy) or not self.alone or self.counted is not None:
             return False
         if (batch.num_computed_tokens_cpu[:num_rows] < batch.num_prompt_tokens[:num_rows]).any():
             return False
         contexts = int(batch_metadata.seq_lens[:num_rows].sum())
-        if not policy.rests(slots, contexts, num_rows - sum(not most for most in self.allowance.longest.values())):
+        if not policy.rest(slots, contexts, num_rows - sum(not most for most in self.allowance.longest.values())):
             return False
         self.report = Report(counts=policy.counts())
         return True
-
-    def _verified(
-        self,
-        batch_metadata: CommonAttentionMetadata,
-        num_drafts: list[int] | None,
-        # [rows] int32, [rows] bool
-        rejected: torch.Tensor,
-        sampled: torch.Tensor,
-        # [tokens], [tokens, states * hidden size], [rows]
-        input_ids: torch.Tensor,
-        states: torch.Tensor,
-        next_token: torch.Tensor,
-    ) -> Verified:
-        num_rows = len(sampled)
-        # [rows]: where each row's tokens end
-        ends = batch_metadata.query_start_loc_cpu[1:]
-        drafted = torch.tensor(num_drafts) if num_drafts else torch.zeros_like(ends, dtype=torch.int64)
-        start = ends - 1 - drafted
-        batch = self.runner.input_batch
-        prompt_len = batch.num_prompt_tokens[:num_rows]
-        ended = sampled.numpy() & (batch.num_computed_tokens_cpu[:num_rows] < prompt_len)
-        # A request that was preempted begins again with what it had generated, and keeps what was learnt of it.
-        whole_prompt = batch.num_tokens_no_spec[:num_rows] == prompt_len
-        fresh = {*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}
-        return Verified(
-            states=states.split(self.hidden_size, dim=-1),
-            input_ids=input_ids,
-            start=start,
-            drafted=drafted,
-            accepted=drafted - rejected,
-            next_token=next_token,
-            sampled=sampled,
-            longest=max(num_drafts, default=0) if num_drafts else 0,
-            only_decodes=not ended.any() and bool(sampled.all()),
-            num_tokens=int(ends[-1]),
-            contexts=int(batch_metadata.seq_lens[:num_rows].sum()),
-            ended=[
-                (row, min(PROMPT_POSITIONS, int(ends[row] - batch_metadata.query_start_loc_cpu[row]) - 1))
-                for row in sorted(fresh)
-                if ended[row]
-            ],
-            fresh=sorted(fresh),
-        )
 
     def attention(self, max_seq_len: int, num_tokens_across_dp: torch.Tensor | None = None) -> AttentionContext:
         """The forward context of draft steps, for contexts of up to `max_seq_len`."""

@@ -25,9 +25,7 @@ from vllm_del.draft.clock import Late
 from vllm_del.draft.decide import DynamicPolicy, FixedPolicy
 from vllm_del.draft.loop import DraftRows, Drafts, Forward, Plan, draft, eager
 from vllm_del.draft.network import EarlyExitNetwork
-from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.upload import upload
-from vllm_del.draft.verified import Verified
 from vllm_del.engine.compiled import compiled_segments
 from vllm_del.engine.draft_head import make_heads
 from vllm_del.engine.graphs import DraftGraphs
@@ -35,6 +33,7 @@ from vllm_del.engine.layers import early_attention_layers, log_plan
 from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
+from vllm_del.engine.steps import on_v2
 from vllm_del.engine.verification import record_any_lengths, run_made_up
 
 if TYPE_CHECKING:
@@ -164,7 +163,17 @@ class DelSpeculator(DraftModelSpeculator):
         else:
             slots = self.slots_of.of(input_batch.req_ids)
             if self.counted is not None or isinstance(self.policy, DynamicPolicy):
-                verified = self._verified(input_batch, aux_hidden_states, num_sampled, num_rejected, rows, sampled)
+                verified = on_v2(
+                    input_batch,
+                    self.runner.req_states.prompt_len.np,
+                    self.num_speculative_steps,
+                    self.slots_of.new_rows,
+                    num_sampled,
+                    num_rejected,
+                    sampled,
+                    aux_hidden_states or [],
+                    rows.input_ids[:num_rows],
+                )
                 if self.counted is not None:
                     self.counted.observe(verified)
                 if isinstance(self.policy, DynamicPolicy):
@@ -266,47 +275,6 @@ class DelSpeculator(DraftModelSpeculator):
             lengths = [verified.get(request, num_steps) for request in request_ids]
             length, room = torch.minimum(length, upload(lengths, self.device)), min(room, max(lengths))
         return replace(plan, length=length, longest=min(plan.longest, room))
-
-    def _verified(
-        self,
-        batch: InputBatch,
-        states: list[torch.Tensor] | None,
-        # [num_reqs], [num_reqs]
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        rows: DraftRows,
-        # [num_reqs] bool
-        sampled: torch.Tensor,
-    ) -> Verified:
-        num_rows = batch.num_reqs
-        # num_rejected counts a row's drafts that were not kept, and num_sampled those that were and one more.
-        accepted = (num_sampled - 1).clamp_min(0)
-        drafted = torch.where(sampled, accepted + num_rejected, 0)
-        ended = (batch.num_computed_prefill_tokens_np < batch.prefill_len_np) & (
-            batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
-        )
-        # Longer than its prompt is what a preempted request begins again with, and it keeps what was learnt of it.
-        whole_prompt = self.runner.req_states.prompt_len.np[batch.idx_mapping_np[:num_rows]] == batch.prefill_len_np
-        fresh = {*(ended & whole_prompt).nonzero()[0].tolist(), *self.slots_of.new_rows}
-        return Verified(
-            states=states or [],
-            input_ids=batch.input_ids,
-            start=batch.query_start_loc[1 : num_rows + 1].long() - 1 - drafted,
-            drafted=drafted,
-            accepted=accepted,
-            next_token=rows.input_ids[:num_rows],
-            sampled=sampled,
-            longest=self.num_speculative_steps if batch.num_draft_tokens else 0,
-            num_tokens=batch.num_tokens,
-            contexts=int(batch.seq_lens_cpu_upper_bound[:num_rows].sum()),
-            only_decodes=bool((batch.num_computed_prefill_tokens_np >= batch.prefill_len_np).all()),
-            ended=[
-                (row, min(PROMPT_POSITIONS, int(batch.num_scheduled_tokens[row]) - 1))
-                for row in sorted(fresh)
-                if ended[row]
-            ],
-            fresh=sorted(fresh),
-        )
 
     def _rows(self, num_rows: int) -> DraftRows:
         # Memory profiling drafts before there is a KV cache.
