@@ -19,12 +19,14 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import torch
 import typer
 from contenders import Contender, Engine, take_turns
 from rich.console import Console
@@ -36,6 +38,7 @@ from workloads import PROMPT_TOKENS, default_workloads, requests_of
 from vllm_del.draft.tally import Counts
 from vllm_del.engine.measure import machine
 from vllm_del.engine.profiling import costs_of_worker
+from vllm_del.policy.cost import CostTables, MeasuredCosts
 from vllm_del.policy.predict import predict
 
 console = Console(highlight=False)
@@ -69,25 +72,34 @@ def estimates(counts: list[Counts]) -> dict[str, Any]:
 
 
 def allowed(
-    dynamic: Engine, workload: str, about: dict[str, Any], exits: list[int], tokens: int
+    costs: MeasuredCosts,
+    counts: list[Counts],
+    workload: str,
+    about: dict[str, Any],
+    exits: list[int],
+    longest: int,
+    tokens: int,
 ) -> tuple[float | None, dict[int, float]]:
     """The speed-up that costs as measured at start and the acceptance of drafts allow, and the acceptance by exit.
 
-    Of sequences that are alike. For exits that hardly drafted, the agreement that the model was made with.
+    Of sequences that are alike, with the prompts that all of them have to compute. For exits that hardly drafted, the
+    agreement that the model was made with.
     """
     kind, number = workload.split(" x")
     agreement = about.get("agreement_by_exit", {}).get(kind)
     if agreement is None or any(str(depth) not in agreement for depth in exits):
         return None, {}
-    (costs,) = dynamic.llm.collective_rpc(costs_of_worker)
     rates = [agreement[str(depth)] for depth in exits]
     for index in range(len(exits)):
-        tried, accepted = (sum(getattr(of, name)[index] for of in dynamic.counts) for name in ("tried", "accepted"))
+        tried, accepted = (sum(getattr(of, name)[index] for of in counts) for name in ("tried", "accepted"))
         if tried >= ENOUGH:
             rates[index] = accepted / tried
-    longest = dynamic.llm.llm_engine.vllm_config.num_speculative_tokens
-    best = predict(costs, exits, rates, longest, int(number), PROMPT_TOKENS + tokens // 2)
-    return best.speed_up, {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
+    places = int(number)
+    best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2)
+    tables = CostTables(costs, places + PROMPT_TOKENS, longest, torch.device("cpu"))
+    of_prompt = tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places)
+    speed_up = (of_prompt + tokens / best.without) / (of_prompt + tokens / best.best)
+    return round(speed_up, 3), {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
 
 
 def compete(
@@ -178,6 +190,8 @@ def main(
         for name, spec in specs.items():
             engines[name] = Engine(str(model), spec, dtype=dtype, enforce_eager=eager)
             bar.update(task, advance=1, description=f"Started {name}")
+        (costs,) = engines["dynamic"].llm.collective_rpc(costs_of_worker)
+        results["costs"] = asdict(costs)
         off, dynamic = Contender("off", engines["off"], 0), Contender("dynamic", engines["dynamic"], longest)
         for workload in names:
 
@@ -191,7 +205,8 @@ def main(
             of = compete(off.again(), dynamic.again(), by_exit, heats, repeats, (heat_tokens, tokens), play)
             found[workload] = of
             depths = list(map(int, exits.split(",")))
-            of["allowed"], of["allowed_at"] = allowed(engines["dynamic"], workload, about, depths, tokens)
+            counts = engines["dynamic"].counts
+            of["allowed"], of["allowed_at"] = allowed(costs, counts, workload, about, depths, longest, tokens)
             show(workload, of)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

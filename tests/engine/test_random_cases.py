@@ -1,4 +1,4 @@
-"""Two hundred random cases: any prompts, exits, draft lengths and batch give what vLLM gives without speculation."""
+"""Hundreds of random cases: any prompts, exits, draft lengths and batch give what vLLM gives without speculation."""
 
 import random
 from pathlib import Path
@@ -9,7 +9,8 @@ from tests.engine.checkpoints import VOCAB, checkpoint
 from tests.engine.host import LENGTHS, Arrival, Host
 
 MODELS = [(architecture, seed) for architecture in ("llama", "qwen2", "qwen3", "llama-tied") for seed in (1, 2, 3)]
-CASES_PER_MODEL = 17
+# More than two hundred on V1; on V2, in Triton's interpreter, each takes some hundred times as long.
+CASES_PER_MODEL = {"v1": 17, "v2": 10}
 POLICIES = [{"del_policy": "fixed"}, {"del_objective": "tpl"}, {"del_objective": "goodput"}]
 
 pytestmark = pytest.mark.engine
@@ -33,7 +34,7 @@ def test_random_cases(host: Host, checkpoints: Path, architecture: str, seed: in
     ]
     engine = {"max_num_batched_tokens": rng.choice([24, 64, 200]), "enable_prefix_caching": rng.random() < 0.5}
     accepted = [0, 0]
-    for case in range(CASES_PER_MODEL):
+    for case in range(CASES_PER_MODEL[host.runner]):
         arrivals = _requests(rng, host.runner)
         off = host.serve(model, arrivals, **engine)
         drawn = case % 2
