@@ -5,14 +5,14 @@
     python scripts/benchmark.py scripts/demo_model --dtype float32 --exits 2,4 --longest 6
 
 All engines are started first, and contenders go through every workload side by side, some tokens each at a time, so
-that a machine that is slower for a while is slower for all of them. An engine is kept full, as a busy server is: as
-one sequence ends another begins. Every turn has texts of its own, the same ones for all. Fixed pairs are many, and
-those of one exit share an engine: each runs heats beside one of every other exit and no drafts, and the best of every
-exit the final, which alone counts; the best of these is compared with. That flatters it a little, and heats may miss
-the very best length. The dynamic policy goes on from one workload to the next with what it has learnt, as in a server.
-Outputs are compared with those without drafts (in bfloat16 near-ties may differ, and how often is said). The model is
-one of `synthetic.py`, whose prompts choose how easy it is, or the demo model, which continues files it was not trained
-on.
+that a machine that is slower for a while is slower for all of them. Two engines draft nothing, and what is between them
+is noise. An engine is kept full, as a busy server is: as one sequence ends another begins. Every turn has texts of its
+own, the same ones for all. Fixed pairs are many, and those of one exit share an engine: each runs heats beside one of
+every other exit and no drafts, and the best of every exit the final, which alone counts; the best of these is compared
+with. That flatters it a little, and heats may miss the very best length. The dynamic policy goes on from one workload
+to the next with what it has learnt, as in a server. Outputs are compared with those without drafts (in bfloat16
+near-ties may differ, and how often is said). The model is one of `synthetic.py`, whose prompts choose how easy it is,
+or the demo model, which continues files it was not trained on.
 """
 
 import json
@@ -37,8 +37,8 @@ from workloads import PROMPT_TOKENS, default_workloads, requests_of
 
 from vllm_del.draft.tally import Counts
 from vllm_del.engine.measure import machine
-from vllm_del.engine.profiling import costs_of_worker
-from vllm_del.policy.cost import CostTables, MeasuredCosts
+from vllm_del.engine.profiling import correction_of_worker, costs_of_worker
+from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
 from vllm_del.policy.predict import predict
 
 console = Console(highlight=False)
@@ -73,6 +73,7 @@ def estimates(counts: list[Counts]) -> dict[str, Any]:
 
 def allowed(
     costs: MeasuredCosts,
+    correction: Correction,
     counts: list[Counts],
     workload: str,
     about: dict[str, Any],
@@ -80,10 +81,11 @@ def allowed(
     longest: int,
     tokens: int,
 ) -> tuple[float | None, dict[int, float]]:
-    """The speed-up that costs as measured at start and the acceptance of drafts allow, and the acceptance by exit.
+    """The speed-up that measured costs and the acceptance of drafts allow, and the acceptance by exit.
 
-    Of sequences that are alike, with the prompts that all of them have to compute. For exits that hardly drafted, the
-    agreement that the model was made with.
+    Costs are as measured at start, corrected by the clock of the last rounds of this workload; of sequences that are
+    alike, with the prompts that all of them have to compute. For exits that hardly drafted, the agreement that the
+    model was made with.
     """
     kind, number = workload.split(" x")
     agreement = about.get("agreement_by_exit", {}).get(kind)
@@ -95,16 +97,16 @@ def allowed(
         if tried >= ENOUGH:
             rates[index] = accepted / tried
     places = int(number)
-    best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2)
+    best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2, correction)
     tables = CostTables(costs, places + PROMPT_TOKENS, longest, torch.device("cpu"))
-    of_prompt = tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places)
+    of_prompt = correction.verify * (tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places))
     speed_up = (of_prompt + tokens / best.without) / (of_prompt + tokens / best.best)
     return round(speed_up, 3), {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
 
 
 def compete(
-    off: Contender,
-    dynamic: Contender,
+    # no drafts, none again, and dynamic
+    bases: list[Contender],
     # by exit
     pairs: list[list[Contender]],
     heats: int,
@@ -115,18 +117,19 @@ def compete(
     play: Callable[[list[Contender], range, int], None],
 ) -> dict[str, Any]:
     """Heats and final of one workload."""
-    short, whole = tokens
+    (short, whole), (off, _, dynamic) = tokens, bases
     # Warms up every engine, and lets the policy meet the workload.
-    play([contender.again() for contender in (off, dynamic, *(of_exit[0] for of_exit in pairs))], range(1), short)
+    play([contender.anew() for contender in (*bases, *(of_exit[0] for of_exit in pairs))], range(1), short)
     in_heats: dict[str, float] = {}
     for of_heat in zip_longest(*pairs):
-        beside, *heat = [contender.again() for contender in (off, *filter(None, of_heat))]
+        beside, *heat = [contender.anew() for contender in (off, *filter(None, of_heat))]
         play([beside, *heat], range(1, 1 + heats), short)
         in_heats |= {pair.name: round(pair.rate / beside.rate, 3) for pair in heat}
-    best = [max(of_exit, key=lambda pair: in_heats[pair.name]).again() for of_exit in pairs]
+    best = [max(of_exit, key=lambda pair: in_heats[pair.name]).anew() for of_exit in pairs]
     dynamic.engine.counts.clear()
-    play([off, dynamic, *best], range(1 + heats, 1 + heats + repeats), whole)
-    found: dict[str, Any] = {contender.name: contender.figures(off) for contender in (off, dynamic, *best)}
+    final = [*bases, *best]
+    play(final, range(1 + heats, 1 + heats + repeats), whole)
+    found: dict[str, Any] = {contender.name: contender.figures(off) for contender in final}
     found["dynamic"] |= estimates(dynamic.engine.counts)
     if best:
         found["dynamic_over_best_fixed"] = round(dynamic.rate / max(pair.rate for pair in best), 3)
@@ -152,6 +155,7 @@ def main(
     pairs = pairs_of(fixed, longest)
     specs: dict[str, dict[str, Any] | None] = {
         "off": None,
+        "off again": None,
         "dynamic": {"method": "del", "del_exit_layers": exits, "num_speculative_tokens": longest},
     }
     # One engine for an exit: requests say how long their drafts are.
@@ -192,7 +196,6 @@ def main(
             bar.update(task, advance=1, description=f"Started {name}")
         (costs,) = engines["dynamic"].llm.collective_rpc(costs_of_worker)
         results["costs"] = asdict(costs)
-        off, dynamic = Contender("off", engines["off"], 0), Contender("dynamic", engines["dynamic"], longest)
         for workload in names:
 
             def play(contenders: list[Contender], turns: range, tokens: int, workload: str = workload) -> None:
@@ -202,11 +205,16 @@ def main(
                 take_turns(contenders, (requests_of(workload, model, vocab_size, tokens, turn) for turn in turns), tell)
 
             by_exit = [[Contender(f"fixed {e}:{n}", engines[f"exit {e}"], n) for n in pairs[e]] for e in pairs]
-            of = compete(off.again(), dynamic.again(), by_exit, heats, repeats, (heat_tokens, tokens), play)
+            bases = [Contender(name, engines[name], longest) for name in ("off", "off again", "dynamic")]
+            of = compete(bases, by_exit, heats, repeats, (heat_tokens, tokens), play)
             found[workload] = of
             depths = list(map(int, exits.split(",")))
             counts = engines["dynamic"].counts
-            of["allowed"], of["allowed_at"] = allowed(costs, counts, workload, about, depths, longest, tokens)
+            (correction,) = engines["dynamic"].llm.collective_rpc(correction_of_worker)
+            of["correction"] = asdict(correction)
+            of["allowed"], of["allowed_at"] = allowed(
+                costs, correction, counts, workload, about, depths, longest, tokens
+            )
             show(workload, of)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,7 @@ class Contender:
         self.drafted += self.engine.drafted - drafted
         self.accepted += self.engine.accepted - accepted
 
-    def again(self) -> "Contender":
+    def anew(self) -> "Contender":
         """The same, with nothing behind it."""
         return Contender(self.name, self.engine, self.longest)
 

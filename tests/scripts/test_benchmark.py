@@ -36,12 +36,13 @@ def test_synthetic_model_and_benchmark(tmp_path: Path) -> None:
     easy, mixed = results["workloads"].values()
     assert easy["off"]["speed_up"] == 1
     for found, requests in (easy, 2), (mixed, 8):
+        same = f"{requests} of {requests}"
         assert len(found["heats"]) == 3
         finalists = [name for name in found if name.startswith("fixed")]
         # The best of exit 2, and the only one of exit 4.
         of_exit_2 = {name: rate for name, rate in found["heats"].items() if name.startswith("fixed 2")}
         assert finalists == [max(of_exit_2, key=of_exit_2.get), "fixed 4:2"]
-        assert all(found[name]["same_output"] == f"{requests} of {requests}" for name in ("dynamic", *finalists))
+        assert all(found[name]["same_output"] == same for name in ("off again", "dynamic", *finalists))
         assert found["dynamic_over_best_fixed"] > 0
     # How much the dynamic policy drafts goes by the clock of a busy machine; those of the fixed pair do not.
     assert easy["dynamic"]["accepted_of_drafted"] > 0.3

@@ -72,7 +72,7 @@ def profile(
         decode(drafts=True)
     else:
         advance(len(prompts))
-    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(_correction)
+    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(correction_of_worker)
     correction = replace(correction)  # it goes on being corrected
     if head:
         llm.collective_rpc(_ask_the_whole_head)
@@ -122,11 +122,11 @@ def _take(worker: Any) -> list[list[float]]:
     return [[*of_counts, *of_sums] for of_counts, of_sums in zip(counts.tolist(), sums.tolist(), strict=True)]
 
 
-def _correction(worker: Any) -> Correction:
-    """In the worker: what its clock said of these costs, where one corrects them."""
-    return _policy(worker).planner.costs.correction
-
-
 def costs_of_worker(worker: Any) -> MeasuredCosts:
     """In the worker, of a dynamic policy that goes by goodput: what it goes by."""
     return _policy(worker).planner.costs.measured
+
+
+def correction_of_worker(worker: Any) -> Correction:
+    """In the worker: what its clock said of these costs in the last rounds, where one corrects them."""
+    return _policy(worker).planner.costs.correction
