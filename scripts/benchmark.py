@@ -37,7 +37,7 @@ from workloads import PROMPT_TOKENS, default_workloads, requests_of
 
 from vllm_del.draft.tally import Counts
 from vllm_del.engine.measure import machine
-from vllm_del.engine.profiling import correction_of_worker, costs_of_worker
+from vllm_del.engine.profiling import costs_of_worker
 from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
 from vllm_del.policy.predict import predict
 
@@ -75,6 +75,8 @@ def allowed(
     costs: MeasuredCosts,
     correction: Correction,
     counts: list[Counts],
+    # tokens a second
+    off: float,
     workload: str,
     about: dict[str, Any],
     exits: list[int],
@@ -83,9 +85,9 @@ def allowed(
 ) -> tuple[float | None, dict[int, float]]:
     """The speed-up that measured costs and the acceptance of drafts allow, and the acceptance by exit.
 
-    Costs are as measured at start, corrected by the clock of the last rounds of this workload; of sequences that are
-    alike, with the prompts that all of them have to compute. For exits that hardly drafted, the agreement that the
-    model was made with.
+    Costs are as measured at start, corrected by the clock of the last rounds in which all places were taken; of
+    sequences that are alike, with the prompts that all of them have to compute, over the measured speed without drafts.
+    For exits that hardly drafted, the agreement that the model was made with.
     """
     kind, number = workload.split(" x")
     agreement = about.get("agreement_by_exit", {}).get(kind)
@@ -100,7 +102,7 @@ def allowed(
     best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2, correction)
     tables = CostTables(costs, places + PROMPT_TOKENS, longest, torch.device("cpu"))
     of_prompt = correction.verify * (tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places))
-    speed_up = (of_prompt + tokens / best.without) / (of_prompt + tokens / best.best)
+    speed_up = tokens / (of_prompt + tokens / best.best) / off
     return round(speed_up, 3), {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
 
 
@@ -210,10 +212,11 @@ def main(
             found[workload] = of
             depths = list(map(int, exits.split(",")))
             counts = engines["dynamic"].counts
-            (correction,) = engines["dynamic"].llm.collective_rpc(correction_of_worker)
-            of["correction"] = asdict(correction)
+            off, _, dynamic = bases
+            assert dynamic.correction is not None
+            of["correction"] = asdict(dynamic.correction)
             of["allowed"], of["allowed_at"] = allowed(
-                costs, correction, counts, workload, about, depths, longest, tokens
+                costs, dynamic.correction, counts, off.rate, workload, about, depths, longest, tokens
             )
             show(workload, of)
             if out:

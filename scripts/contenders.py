@@ -1,10 +1,11 @@
 """Engines in one process, and the contenders of the benchmark, which take turns on them. To be imported before vLLM."""
 
 import os
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import harmonic_mean
 from typing import Any
 
@@ -22,6 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 from workloads import Request
 
 from vllm_del.draft.tally import Counts
+from vllm_del.policy.cost import Correction
 
 SLICE = 48
 """Tokens of each place after which the next contender goes on: a machine may be half as fast again within seconds."""
@@ -64,11 +66,20 @@ class Engine:
         scheduler.make_spec_decoding_stats, scheduler.update_from_output = counted, updated
 
 
+def _policy(worker: Any) -> Any:
+    return getattr(getattr(worker.model_runner, "drafter", None), "policy", None)
+
+
 def _pause(worker: Any) -> None:
     """In the worker: a policy that holds rounds against the clock leaves out the one that others went between."""
-    drafter = getattr(worker.model_runner, "drafter", None)
-    if (stopwatch := getattr(getattr(drafter, "policy", None), "stopwatch", None)) is not None:
+    if (stopwatch := getattr(_policy(worker), "stopwatch", None)) is not None:
         stopwatch.pause()
+
+
+def _correction(worker: Any) -> Correction | None:
+    """In the worker: what the clock said of the tables of costs in the last rounds, if a policy goes by these."""
+    planner = getattr(_policy(worker), "planner", None)
+    return planner and replace(planner.costs.correction)
 
 
 @dataclass
@@ -86,6 +97,8 @@ class Contender:
     accepted: int = 0
     generated: int = 0
     texts: list[list[int]] = field(default_factory=list)
+    # What the policy knew of the costs when a place was last left empty
+    correction: Correction | None = None
 
     def turn(self, places: int, requests: list[Request]) -> Iterator[None]:
         """Serve them once, a slice for each `next`. Timed for as long as every place is taken."""
@@ -112,6 +125,7 @@ class Contender:
                 alive -= output.finished
             if rate is None and not waiting and alive < places:
                 rate = generated / (seconds + time.perf_counter() - begin)
+                (self.correction,) = self.engine.llm.collective_rpc(_correction)
             if generated >= slice_end:
                 slice_end += SLICE * places
                 seconds += time.perf_counter() - begin
@@ -150,14 +164,14 @@ class Contender:
 def take_turns(
     contenders: list[Contender], turns: Iterable[tuple[int, list[Request]]], tell: Callable[[Contender], None]
 ) -> None:
-    """All of them take each turn side by side, slice by slice, another one first each time; each on its own engine.
+    """All of them take each turn side by side, slice by slice, in another order each time; each on its own engine.
 
     `tell` hears who is done.
     """
     assert len({id(contender.engine) for contender in contenders}) == len(contenders)
     for number, (places, requests) in enumerate(turns):
-        first = number % len(contenders)
-        waiting = deque((each, each.turn(places, requests)) for each in contenders[first:] + contenders[:first])
+        order = random.Random(number).sample(contenders, len(contenders))
+        waiting = deque((each, each.turn(places, requests)) for each in order)
         while waiting:
             contender, turn = waiting.popleft()
             if next(turn, waiting) is waiting:

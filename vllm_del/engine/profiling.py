@@ -72,7 +72,7 @@ def profile(
         decode(drafts=True)
     else:
         advance(len(prompts))
-    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(correction_of_worker)
+    (costs, *_), (correction, *_) = llm.collective_rpc(costs_of_worker), llm.collective_rpc(_correction)
     correction = replace(correction)  # it goes on being corrected
     if head:
         llm.collective_rpc(_ask_the_whole_head)
@@ -127,6 +127,6 @@ def costs_of_worker(worker: Any) -> MeasuredCosts:
     return _policy(worker).planner.costs.measured
 
 
-def correction_of_worker(worker: Any) -> Correction:
+def _correction(worker: Any) -> Correction:
     """In the worker: what its clock said of these costs in the last rounds, where one corrects them."""
     return _policy(worker).planner.costs.correction
