@@ -54,6 +54,7 @@ class Metrics:
     def observe(self, engine: int, counted: Mapping[str, Any]) -> None:
         """`counted`: the reasons that the scheduler counted, and under "counts" the workers' `Counts`, each a dict."""
         reasons = {reason: counted.get(reason, 0) for reason in REASONS}
+        self._since_log["not scheduled"] += sum(reasons.values())
         for counts in counted["counts"]:
             for name, counters in self._by_exit.items():
                 self._add(name, counters[engine], counts[name])
@@ -76,7 +77,7 @@ class Metrics:
     def log_line(self) -> str | None:
         """What happened since the last line, if anything did."""
         seen, self._since_log = self._since_log, defaultdict(float)
-        rounds = seen["rounds"] + sum(seen[reason] for reason in REASONS[1:])
+        rounds = seen["rounds"] + seen["not scheduled"]
         if not rounds:
             return None
         parts = [f"{(rounds - seen['without']) / rounds:.0%} of rounds drafted"]

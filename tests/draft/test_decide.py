@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.draft.test_no_waits import EXITS, LENGTH, ROWS, policy
-from vllm_del.draft.decide import Choice
+from vllm_del.draft.choice import Choice
 
 SLOTS, ZEROS = torch.tensor([3, 1, 0, 7]), torch.zeros(ROWS, dtype=torch.int64)
 
@@ -27,14 +27,14 @@ def test_rows_that_leave_alike(
     """By the plan for as many tokens as there is room for."""
     mine = policy("goodput")
     mine._on_host = True
-    known = torch.full((ROWS, len(EXITS)), 0.9)
-    mine._choose = lambda *_: Choice(SLOTS, torch.tensor(exit), torch.tensor(length), known, known.double())  # type: ignore[method-assign]
-    plan = mine.plan(SLOTS, torch.full((ROWS,), limit), ZEROS)
+    known = torch.full((ROWS + 1, len(EXITS)), 0.9)
+    mine._choose = lambda *_: Choice(SLOTS, torch.tensor([*exit, 1]), torch.tensor([*length, 3]), known, known.double())  # type: ignore[method-assign]
+    plan = mine.plan(SLOTS, ZEROS + LENGTH, torch.full((ROWS,), limit), ZEROS)
     assert (plan.alike, plan.deepest, plan.longest) == (alike, deepest, longest)
 
 
 def test_a_host_that_only_launches_knows_of_none() -> None:
     mine = policy("goodput")
-    known = torch.full((ROWS, len(EXITS)), 0.9)
-    mine._choose = lambda *_: Choice(SLOTS, ZEROS, ZEROS + LENGTH, known, known.double())  # type: ignore[method-assign]
-    assert [mine.plan(SLOTS, ZEROS + LENGTH, ZEROS).alike for _ in range(4)] == [False] * 4
+    known, zeros = torch.full((ROWS + 1, len(EXITS)), 0.9), torch.zeros(ROWS + 1, dtype=torch.int64)
+    mine._choose = lambda *_: Choice(SLOTS, zeros, zeros + LENGTH, known, known.double())  # type: ignore[method-assign]
+    assert [mine.plan(SLOTS, ZEROS + LENGTH, ZEROS + LENGTH, ZEROS).alike for _ in range(4)] == [False] * 4

@@ -98,7 +98,7 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
         with watch:
             vocabulary.observe(verified)
             mine.observe(slots, verified)
-            plan = mine.plan(slots, limit, context)
+            plan = mine.plan(slots, limit, limit, context)
             drafts = Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH))
             mine.record(slots, plan, drafts, launched)
         counts = mine.counts()

@@ -76,10 +76,10 @@ def test_rounds_without_a_new_plan_are_learnt_from_too(others_follow: bool) -> N
     limit, tokens = torch.full((rows,), LENGTH), torch.ones(rows, LENGTH, dtype=torch.int64)
 
     def round(batch: torch.Tensor, accepted: int) -> None:
-        outcome = verified()
+        outcome = verified(drafts=LENGTH)
         outcome.drafted, outcome.accepted = torch.full((rows,), LENGTH), torch.full((rows,), accepted)
         mine.observe(batch, outcome)
-        plan = mine.plan(batch, limit, limit)
+        plan = mine.plan(batch, limit, limit, limit)
         mine.record(batch, plan, Drafts(tokens, torch.ones(rows, LENGTH)), Launched([], 0.0))
 
     mine.shadow.share = 0.0

@@ -1,4 +1,6 @@
-"""A plan serves several rounds where making one takes long beside a round, and never other sequences."""
+"""A plan serves several rounds where making one takes long beside a round, while most of its sequences are there."""
+
+from collections.abc import Sequence
 
 import torch
 
@@ -9,12 +11,12 @@ from vllm_del.draft.verified import Verified
 from vllm_del.policy.cost import Correction
 
 
-def verified(only_decodes: bool = True) -> Verified:
+def verified(fresh: Sequence[int] = (), drafts: int = 0) -> Verified:
     zeros = torch.zeros(ROWS, dtype=torch.int64)
     fields = dict.fromkeys(("input_ids", "start", "drafted", "accepted", "next_token"), zeros)
     states = [torch.rand(ROWS, HIDDEN) for _ in range(len(EXITS) + 1)]
-    more = {"states": states, "longest": 0, "num_tokens": ROWS, "contexts": 0, "ended": [], "fresh": []}
-    return Verified(**fields, **more, sampled=zeros == 0, only_decodes=only_decodes)  # type: ignore[arg-type]
+    more = {"states": states, "longest": drafts, "num_tokens": ROWS, "contexts": 0, "ended": [], "fresh": fresh}
+    return Verified(**fields, **more, sampled=zeros == 0, only_decodes=not fresh)  # type: ignore[arg-type]
 
 
 def test_rounds_of_a_plan() -> None:
@@ -22,7 +24,7 @@ def test_rounds_of_a_plan() -> None:
     share = PLANNING_SHARE * costs.verify_seconds(ROWS)
     paces = [Pace(seconds * share, costs, learns=False) for seconds in (0, 0.45, 0.9, 1.8, 3.5)]
     assert [pace.rounds(ROWS, True, 100) for pace in paces] == [1, 1, 1, 2, 4]
-    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 4, 8, 15, MOST_ROUNDS]
+    assert [pace.rounds(ROWS, False, 100) for pace in paces] == [1, 2, 4, 8, 14]
     # No longer than the sequences have been together, and no longer than this on any machine.
     assert [paces[-1].rounds(ROWS, True, age) for age in range(6)] == [1, 1, 2, 3, 4, 4]
     # Of a verification that takes half as long as was measured, and of planning that takes twice as long.
@@ -31,13 +33,49 @@ def test_rounds_of_a_plan() -> None:
     costs.correction = Correction()
     learning = Pace(0.9 * share, costs, learns=True)
     for _ in range(LAST):
-        learning.took(1.8 * share)
+        learning.planned(1.8 * share)
     assert learning.rounds(ROWS, True, 100) == 2
     assert Pace(1e6, costs, learns=False).rounds(ROWS, True, 100) == MOST_ROUNDS
 
 
+def test_who_is_in_the_batch() -> None:
+    """A plan for four serves while one of them is another; with two others it is made anew."""
+    costs = policy("goodput").planner.costs  # type: ignore[union-attr]
+    pace = Pace(100.0, costs, learns=False)
+
+    def due(num_rows: int, came: int = 0) -> bool:
+        pace.begin(num_rows, came)
+        if is_due := pace.is_due(drafts=True):
+            pace.planned(0.0)
+        return is_due
+
+    assert [due(4, came=4), due(4), due(4), due(4), due(4)] == [True, True, True, False, True]
+    # Each plan of four has its own count of who came and left, and the batch does not begin anew.
+    assert [due(3), due(4, came=1), due(4)] == [False, False, False]
+    assert [due(4, came=1), due(4)] == [True, False]
+    assert [due(6, came=2), due(3)] == [True, True]
+    # One by one, and all of them at once.
+    assert [due(3, came=1), due(3, came=1)] == [False, True]
+    assert [due(3, came=3), due(3), due(3), due(3), due(3)] == [True, True, True, False, True]
+
+
+def test_new_sequences_do_not_wait_for_as_long_as_a_plan_without_drafts_serves() -> None:
+    costs = policy("goodput").planner.costs  # type: ignore[union-attr]
+    pace = Pace(2.9 * IDLE_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
+    for number in range(8):
+        pace.begin(4, came=0 if number else 4)
+        if pace.is_due(drafts=False):
+            pace.planned(0.0)
+    pace.begin(4)
+    assert not pace.is_due(drafts=False)
+    assert not pace.is_due(drafts=False, ahead=1)
+    pace.begin(4, came=1)
+    assert pace.is_due(drafts=False)
+
+
 def test_made_anew_when_due_or_for_others() -> None:
-    mine, slots, others = policy("goodput"), torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
+    mine, slots = policy("goodput"), torch.tensor([3, 1, 0, 7])
+    one_other, others = torch.tensor([3, 1, 0, 8]), torch.tensor([5, 6, 0, 8])
     costs, limit = mine.planner.costs, torch.full((ROWS,), LENGTH)  # type: ignore[union-attr]
     mine.pace = Pace(2.9 * PLANNING_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
     # So that drafting pays.
@@ -46,22 +84,26 @@ def test_made_anew_when_due_or_for_others() -> None:
     original = mine._choose
     mine._choose = lambda *args: made.append(1) or original(*args)  # type: ignore[func-returns-value, method-assign]
 
-    def made_by(batch: torch.Tensor, only_decodes: bool = True) -> bool:
+    def made_by(batch: torch.Tensor, fresh: Sequence[int] = ()) -> bool:
         before = len(made)
-        mine.observe(batch, verified(only_decodes))
-        plan = mine.plan(batch, limit, limit)
+        mine.observe(batch, verified(fresh))
+        plan = mine.plan(batch, limit, limit, limit)
         assert plan.exit.shape == limit.shape
+        assert plan.length.tolist() == [LENGTH] * ROWS
         return len(made) > before
 
-    assert [made_by(slots) for _ in range(12)] == [place in (0, 1, 2, 4, 7, 10) for place in range(12)]
-    assert [made_by(others) for _ in range(4)] == [True, True, True, False]
-    assert made_by(others, only_decodes=False)
-    assert made_by(slots)
+    assert [made_by(slots, fresh=range(0 if turn else ROWS)) for turn in range(12)] == [
+        place in (0, 1, 2, 4, 7, 10) for place in range(12)
+    ]
+    assert [made_by(one_other, fresh=[3]), made_by(one_other), made_by(one_other)] == [False, True, False]
+    assert made_by(others, fresh=[0, 1])
+    # The same ones in other rows
+    assert not made_by(others.flip(0))
 
 
 def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
     """With the same plans in the same rounds, and the same counts, as if each one had been observed and planned."""
-    slots, others = torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 0, 8])
+    slots, others = torch.tensor([3, 1, 0, 7]), torch.tensor([3, 1, 5, 8])
     limit, nothing = (
         torch.full((ROWS,), LENGTH),
         Drafts(torch.full((ROWS, LENGTH), NO_TOKEN), torch.zeros(ROWS, LENGTH)),
@@ -75,17 +117,17 @@ def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
         mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.01).double()  # type: ignore[method-assign]
         original = mine._choose
         mine._choose = lambda *args: planned.append(len(rested) - 1) or original(*args)  # type: ignore[func-returns-value, method-assign]
-        for batch in [slots] * 12 + [others] * 4:
+        for number, batch in enumerate([slots] * 12 + [others] * 4):
             rested.append(may_rest and mine.rest(batch, 0, ROWS))
             if not rested[-1]:
-                mine.observe(batch, verified())
-                plan = mine.plan(batch, limit, limit)
+                mine.observe(batch, verified(fresh={0: range(ROWS), 12: [2, 3]}.get(number, ())))
+                plan = mine.plan(batch, limit, limit, limit)
                 assert not plan.longest
                 mine.record(batch, plan, nothing, Launched([], 0.0))
         return planned, rested, mine._tally.flush().tolist()
 
     (planned, rested, counts), (of_all, _, counts_of_all) = serve(True), serve(False)
-    assert planned == of_all == [0, 1, 2, 4, 7, 10, 12, 13, 14]
+    assert planned == of_all == [0, 1, 2, 4, 7, 10, 12, 15]
     assert [number for number, rests in enumerate(rested) if not rests] == planned
     # The first round of all, and of others, is of what was drafted before it, which is nothing.
     assert counts[:-2] == counts_of_all[:-2]
@@ -102,17 +144,20 @@ def test_a_plan_of_drafts_is_not_passed_over() -> None:
         mine.observe(slots, verified())
         # It is one of drafts, also in a round that has no room for any.
         limit = torch.full((ROWS,), 0 if mine._choice else LENGTH)
-        mine.plan(slots, limit, torch.zeros(ROWS))
+        mine.plan(slots, limit, limit, torch.zeros(ROWS))
         assert mine._choice is not None
 
 
 def test_what_there_is_room_for_is_new_each_round() -> None:
     mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
     mine.pace = Pace(1.0, policy("goodput").planner.costs, learns=False)  # type: ignore[union-attr]
-    for most in (LENGTH, 1, 0, 2):
+    wished = torch.tensor([LENGTH, LENGTH, 0, LENGTH])
+    for most in (0, LENGTH, 1, 2):
         mine.observe(slots, verified())
-        plan = mine.plan(slots, torch.full((ROWS,), most), torch.zeros(ROWS))
-        assert (plan.length <= most).all()
+        plan = mine.plan(slots, wished, torch.full((ROWS,), most), torch.zeros(ROWS))
+        assert plan.length.tolist() == [most, most, 0, most]
+        # It is told that there is more to be made room for.
+        assert mine.wanted.tolist() == wished.tolist()
 
 
 def test_the_host_knows_the_bounds_two_rounds_late_however_long_a_choice_serves() -> None:
@@ -122,7 +167,7 @@ def test_the_host_knows_the_bounds_two_rounds_late_however_long_a_choice_serves(
     seen = []
     for _ in range(4):
         mine.observe(slots, verified())
-        seen.append(mine.plan(slots, torch.ones(ROWS, dtype=torch.int64), torch.zeros(ROWS)).longest)
+        seen.append(mine.plan(slots, *[torch.ones(ROWS, dtype=torch.int64)] * 2, torch.zeros(ROWS)).longest)
     assert seen[:2] == [LENGTH, LENGTH]
     # What is drawn at random may make one of the two choices draft nothing.
     assert max(seen[2:]) <= 1

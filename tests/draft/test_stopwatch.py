@@ -281,14 +281,14 @@ def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypa
     stopwatch, planner = Stopwatch(COSTS, DEPTHS, learns=True), Planner(torch.tensor(DEPTHS), COSTS, LENGTH)
     shadow = ShadowScorer(lambda states: states, *[lambda states: (states, states)] * 2, COSTS, 0.0, CPU)  # type: ignore[arg-type]
     policy = DynamicPolicy(DEPTHS, 8, LENGTH, ROWS, shadow, planner, CPU, True, stopwatch)
-    monkeypatch.setattr(policy.statistics, "estimate", lambda slots: torch.full((ROWS, 2), 0.8, dtype=torch.float64))
+    monkeypatch.setattr(policy.statistics, "estimate", lambda slots: torch.full((len(slots), 2), 0.8).double())
     limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 100)
 
     def drafted_in(rounds: int) -> float:
         """The share of rounds that drafted."""
         drafting = 0
         for _ in range(rounds):
-            plan = policy.plan(SLOTS, limit, context)
+            plan = policy.plan(SLOTS, limit, limit, context)
             steps = [(ROWS, plan.deepest)] * int(plan.length.max())
             drafting += bool(steps)
             tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64)

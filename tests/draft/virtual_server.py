@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vllm_del.draft.clock import Pace
 from vllm_del.draft.decide import DynamicPolicy
 from vllm_del.draft.head import Head
 from vllm_del.draft.loop import NO_TOKEN, DraftRows, Drafts, Forward, Plan, draft
@@ -86,6 +87,8 @@ class VirtualServer:
     measured: MeasuredCosts
     depths: Sequence[int]
     longest: int
+    # what observing and planning take, seconds
+    planning: float = 0.0
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +98,11 @@ class VirtualServer:
         """The policy that users get, of the default budget, which knows the costs as they are."""
         head, planner = VirtualHead(self), Planner(torch.tensor(self.depths), self.costs, self.longest)
         shadow = ShadowScorer(lambda states: states, head, head, self.costs, 0.02, CPU)
-        return DynamicPolicy(self.depths, 2 * self.depths[-1], self.longest, SLOTS, shadow, planner, CPU, on_host=True)
+        policy = DynamicPolicy(
+            self.depths, 2 * self.depths[-1], self.longest, SLOTS, shadow, planner, CPU, on_host=True
+        )
+        policy.pace = VirtualPace(self)
+        return policy
 
     def rate(self, work: list[Text], places: int, policy: DynamicPolicy | tuple[int, int]) -> float:
         """Tokens a second while all places are taken; a fixed policy is an index into the exits and a length."""
@@ -134,6 +141,18 @@ class VirtualServer:
         for place, place_drafted, exit in zip(served, lengths, exits, strict=True):
             place.drafted, place.exit = place_drafted, exit
         return sum(min(place.generated, place.of.length) - done for place, done in zip(served, before, strict=True))
+
+
+class VirtualPace(Pace):
+    """Planning takes the server's time."""
+
+    def __init__(self, server: VirtualServer) -> None:
+        super().__init__(server.planning, server.costs, learns=False)
+        self.server = server
+
+    def planned(self, seconds: float) -> None:
+        self.server.seconds += self.server.planning
+        super().planned(seconds)
 
 
 @dataclass
@@ -179,7 +198,7 @@ def _draft(
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """How many tokens each place drafts and at which exit, and the rows and the deepest exit of each step."""
     rows, known, longest = len(served), torch.tensor([place.known for place in served]), policy.max_length
-    plan = policy.plan(slots, torch.tensor(limit), known)
+    plan = policy.plan(slots, torch.full((rows,), longest), torch.tensor(limit), known)
     drafts = Drafts(torch.empty(rows, longest, dtype=torch.int64), torch.zeros(rows, longest))
     launched = draft(_forward(served), _rows(known), plan, NO_END, drafts, compact=True)
     policy.record(slots, plan, drafts, launched)

@@ -116,6 +116,25 @@ def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, to
     assert reached >= best_goodput(tables, acceptance, limit, context) * (1 - HYSTERESIS - CAUTION - 0.02)
 
 
+@given(acceptance=st.lists(rates, min_size=1, max_size=ROWS), layer=st.floats(0.2, 2.0), other=rates)
+def test_a_row_beside_the_batch_has_no_say_in_its_plan(acceptance, layer, other) -> None:
+    """It gets what a row of the batch that is like it gets, and within the plan of the batch."""
+    limit = torch.tensor([LENGTH, 1, LENGTH][: len(acceptance)])
+    (alone, beside), decisions = (Planner(torch.tensor(DEPTHS), costs(layer, 0.01, 1.0, 0.5), LENGTH) for _ in "ab"), []
+    alike = [*acceptance, other, acceptance[0]]
+    for _ in range(3):
+        mine = alone.plan(torch.tensor(acceptance), limit, torch.full_like(limit, CONTEXT))
+        limits = torch.cat((limit, torch.full((2,), LENGTH)))
+        theirs = beside.plan(torch.tensor(alike), limits, torch.full_like(limits, CONTEXT), beside=2)
+        decisions.append(theirs)
+        for name in ("exit", "length", "worth"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)[:-2])
+        for name in ("step_worth", "tokens", "draft_time", "verify_time"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+        assert int(theirs.length[-1]) == int(theirs.length[0])
+        assert int(theirs.length[-2]) <= int(mine.length.max()) or not mine.length.any()
+
+
 def test_nothing_is_drafted_where_it_does_not_pay() -> None:
     tables = costs(layer=1.0, layer_row=0.0, head=2.0, token=0.0)
     # Pays only above (depth + head + step) / verify, 0.26 and 0.44 here.

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.engine.host import async_scheduling
-from vllm_del.engine.messages import Report
+from vllm_del.engine.messages import Allowance, Report
 
 BLOCK = 16
 LONGEST = 6
@@ -51,6 +51,7 @@ class Seen:
     lengths: dict[str, list[int]] = field(default_factory=dict)
     # rounds of a sequence without a draft, by reason
     undrafted: Counter[str] = field(default_factory=Counter)
+    allowances: list[Allowance] = field(default_factory=list)
 
 
 def make_scheduler(vllm_config: VllmConfig, num_blocks: int, is_async: bool) -> Any:
@@ -115,6 +116,7 @@ def _drive(scheduler: Any, sequences: list[Sequence], is_async: bool, drafts: bo
         assert seen.steps < 5000, "the scheduler makes no progress"
         result = _work(scheduler, output, by_id, rng, seen, wanted)
         if drafts:
+            seen.allowances.append(output.del_allowance)
             _check_room(scheduler, output)
             if not is_async and result.req_ids:
                 longest = output.del_allowance.longest
@@ -234,6 +236,19 @@ def test_reasons_of_rounds_without_a_draft(run) -> None:
     on = run([Sequence(10, 22, acceptance=0.0)] * 3, 3 * 2 + 1, SPEC)
     assert on.preemptions == 0
     assert set(on.undrafted) == {"no_room", "ends"}
+    # None is made for who wants no drafts, and that is no want of room.
+    idle = run([Sequence(10, 60, acceptance=0.0)] * 3, 100, SPEC, wanted=lambda _: 0)
+    assert set(idle.undrafted) == {"does_not_pay", "ends"}
+
+
+def test_what_requests_allow_is_told_apart_from_what_there_is_room_for(run) -> None:
+    """So that a worker plans by what lasts."""
+    wishes = [None, {"del": {"enabled": False}}, {"del": {"max_draft": 2}}]
+    on = run([Sequence(10, 40, extra_args=wish) for wish in wishes], 100, SPEC, wanted=lambda _: 0)
+    decoding = [allowance for allowance in on.allowances if "0" in allowance.longest and len(allowance.wished) == 2]
+    assert decoding
+    assert all(allowance.wished == {"1": 0, "2": 2} for allowance in decoding)
+    assert {allowance.longest["0"] for allowance in decoding} >= {0, 1}
 
 
 def test_no_draft_past_the_end(run, is_async) -> None:

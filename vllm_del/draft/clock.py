@@ -32,14 +32,17 @@ AGAIN = 8
 So what kept drafts away is forgotten after some hundred rounds: they get another chance.
 """
 
-PLANNING_SHARE, IDLE_SHARE = 0.02, 0.0025
+PLANNING_SHARE, IDLE_SHARE = 0.01, 0.0025
 """Of the time of verification, what observing and planning may take: in rounds that draft, and in those that do not.
 
 On a large model they take less each round.
 """
 
-MOST_ROUNDS = 16
+MOST_ROUNDS = 32
 """No plan serves more rounds: it is of an acceptance that changes."""
+
+OTHERS = 3
+"""Of so many sequences that it was made for, a plan still serves if one has left and one come."""
 
 
 class Stopwatch:
@@ -173,7 +176,10 @@ def _slope(steps: Sequence[tuple[float, float]], table: float) -> tuple[float, f
 
 
 class Pace:
-    """How many rounds a plan serves, where making one takes long beside a round."""
+    """How many rounds a plan serves, where making one takes long beside a round.
+
+    A batch of which more than a third has come or gone since is another one, which gets its own.
+    """
 
     def __init__(self, planning_seconds: float, costs: CostTables, learns: bool) -> None:
         self._costs = costs
@@ -181,14 +187,37 @@ class Pace:
         self.most = MOST_ROUNDS
         # As measured at first, and then of the last plans
         self._seconds = deque([planning_seconds] * AS_TABLED, maxlen=LAST)
+        # Sequences in this round, and rounds since all of them were new
+        self._rows = self._age = 0
+        # Of the last plan: for how many it was made, and of what age; and since then rounds, and who came and left
+        self._planned_for = self._planned_at = 0
+        self._served = self._came = self._left = 0
 
-    def took(self, seconds: float) -> None:
-        """Observing and planning took so long by the host's clock: no word for ranks that have to agree."""
+    def begin(self, num_rows: int, came: int = 0) -> None:
+        """A round begins, of so many sequences; some were not in the one before."""
+        self._left += max(0, self._rows + came - num_rows)
+        self._came += came
+        self._rows = num_rows
+        self._served += 1
+        self._age = 0 if self._came >= num_rows else self._age + 1
+
+    def is_due(self, drafts: bool, ahead: int = 0) -> bool:
+        """Whether the last plan, with any drafts or without, no longer serves: in this round, or so many later ones."""
+        if OTHERS * max(self._came, self._left) > self._planned_for:
+            return True
+        # What is to be expected of new sequences is worth as much as drafts are.
+        return self._served + ahead >= self.rounds(self._rows, drafts or self._came > 0, self._planned_at)
+
+    def planned(self, seconds: float) -> None:
+        """This round has a new plan. Observing and planning took so long by the host's clock: no word for ranks that
+        have to agree."""
+        self._planned_for, self._planned_at = self._rows, self._age
+        self._served = self._came = self._left = 0
         if self._learns:
             self._seconds.append(seconds)
 
     def rounds(self, num_rows: int, drafts: bool, age: int) -> int:
-        """For so many sequences, by a plan with any drafts or one without, made when the batch was so many rounds old.
+        """For so many sequences, by a plan with any drafts or one without, made when they were so many rounds old.
 
         Of new sequences little is known yet: what is learnt in their first rounds tells most.
         """

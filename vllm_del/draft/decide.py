@@ -6,11 +6,12 @@ lives, whatever row of the batch it is in.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
+from vllm_del.draft.choice import Choice
 from vllm_del.draft.clock import Late, Pace, Stopwatch
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched, Plan
 from vllm_del.draft.outcome import Drafted, LastDrafts, Outcome, matches
@@ -24,30 +25,13 @@ from vllm_del.policy.objective import best_by_tokens_per_layer
 from vllm_del.policy.planner import Planner
 
 
-@dataclass
-class Choice:
-    """What is best for some sequences, for as many rounds as it serves: tensors on the model's device."""
-
-    # [rows] int64 each: of whom, after which segment they leave, and how long their drafts are
-    slots: torch.Tensor
-    exit: torch.Tensor
-    length: torch.Tensor
-    # [rows, exits] float32: as `Plan` has it of one exit
-    stop_below: torch.Tensor
-    # [rows, exits] float64: what acceptance is expected
-    acceptance: torch.Tensor
-    together: Together | None = None
-    # whether the host knows that nothing is drafted, whatever there is room for
-    idle: bool = False
-
-
 class FixedPolicy:
     """Every row drafts as much as it may, and leaves at the only exit there is."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
 
-    def plan(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> Plan:
+    def plan(self, slots: torch.Tensor, _: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> Plan:
         never = torch.full((len(limit),), torch.nan, device=limit.device)
         return Plan(torch.zeros_like(limit), limit, never, deepest=0, longest=self.max_length)
 
@@ -74,7 +58,9 @@ class DynamicPolicy:
         # where costs are known
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.statistics = AcceptanceStatistics(num_slots, len(exits), device)
+        # The last one is of no sequence, and never learns.
+        self.num_slots = num_slots
+        self.statistics = AcceptanceStatistics(num_slots + 1, len(exits), device)
         self.shadow = shadow
         self.planner = planner
         self._on_host = on_host
@@ -90,11 +76,9 @@ class DynamicPolicy:
         self._expected = self._allowed = torch.empty(0)
         self._tally = Tally(len(exits), max_length, device)
         self._late_counts = Late(first=None)
-        # If set, a choice serves several rounds of the same sequences: the one that does, how many rounds these have
-        # been together, and had been when it was made
+        # If set, a choice serves several rounds.
         self.pace: Pace | None = None
         self._choice: Choice | None = None
-        self._together = self._chosen_at = 0
         # What observing took for the plan that is to be made, seconds
         self._observing = 0.0
         self._bounds = Late((len(exits) - 1, max_length))
@@ -115,23 +99,27 @@ class DynamicPolicy:
             # Before a slot of theirs is another sequence's.
             self.statistics.observe(self._outcomes_of, *matches(self._outcomes, len(self._depths))[:3])
             self._outcomes.clear()
-        if verified.fresh:
-            fresh = slots[upload(verified.fresh, slots.device)]
+        self._outcomes_of = slots
+        fresh = slots[upload(verified.fresh, slots.device)] if verified.fresh else None
+        if fresh is not None:
             self.statistics.reset(fresh)
             self._last.forget(fresh)
         outcome = Outcome(self._last.of(slots), verified.drafted, verified.accepted, verified.sampled)
-        self._outcomes_of = slots
-        self._outcomes.append(outcome)
         self._tally.add(outcome)
         self._time(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
-        same = self._choice is not None and self._choice.slots is slots and verified.only_decodes
-        self._together = self._together + 1 if same else 0
-        if same and self._serves(slots, self._together):
-            return
-        self._choice = None
+        if self._choice is not None and self._choice.slots is not slots:
+            self._choice = self._choice.of(slots, fresh, self.num_slots)
+        if self.pace is not None:
+            self.pace.begin(len(slots), len(verified.fresh))
+        serves = self._choice is not None and self.pace is not None and not self.pace.is_due(self._drafts)
         begun, scored_before = time.perf_counter(), self.shadow.seconds
         if verified.ended:
             self._observe_prompts(slots, verified)
+        if verified.longest or not serves:
+            self._outcomes.append(outcome)
+        if serves:
+            return
+        self._choice = None
         matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
         self._outcomes.clear()
         # The states of this round are there to ask the other exits.
@@ -149,9 +137,9 @@ class DynamicPolicy:
         choice = self._choice
         if choice is None or choice.slots is not slots or not choice.idle:
             return False
-        if not self._serves(slots, self._together + 1):
+        if self.pace is None or self.pace.is_due(drafts=False, ahead=1):
             return False
-        self._together += 1
+        self.pace.begin(len(slots))
         self._time(slots, len(slots), contexts, only_decodes=True)
         self._tally.add_undrafted(allowed)
         if self.stopwatch:
@@ -165,12 +153,6 @@ class DynamicPolicy:
             if seconds is not None:
                 self._tally.add_time(*seconds)
         self.shadow.earn(num_tokens, self._drafts)
-
-    def _serves(self, slots: torch.Tensor, together: int) -> bool:
-        """Whether the last choice, of these sequences, is one for the round in which they are so many together."""
-        if self.pace is None:
-            return False
-        return together - self._chosen_at < self.pace.rounds(len(slots), self._drafts, self._chosen_at)
 
     def _ask(
         self,
@@ -230,59 +212,70 @@ class DynamicPolicy:
 
     def plan(
         self,
-        # [rows] each: slots, the longest draft of each row, and its context length
+        # [rows] each: slots; the longest draft that each row wants, and of that what there is room for in this round;
+        # and its context length
         slots: torch.Tensor,
+        wished: torch.Tensor,
         limit: torch.Tensor,
         context: torch.Tensor,
     ) -> Plan:
+        """What to draft now. A choice is made by what rows want, as it is to serve rounds in which there is other room:
+        without drafts the scheduler leaves room for none."""
         if self._choice is None:
             begun = time.perf_counter()
-            self._choice, self._chosen_at = self._choose(slots, limit, context), self._together
+            self._choice = self._choose(slots, wished, context)
             if self.pace is not None:
-                self.pace.took(self._observing + time.perf_counter() - begun)
+                self.pace.planned(self._observing + time.perf_counter() - begun)
         choice = self._choice
-        # What there is room for may be less by now.
-        exit, length = choice.exit, torch.minimum(choice.length, limit)
-        deepest, longest = (exit * (length > 0)).max(), length.max()
+        exit, length = choice.exit[:-1], torch.minimum(choice.length[:-1], limit)
         together, alike = choice.together, False
         if self._on_host:
-            deepest, longest = int(deepest), int(longest)
+            deepest, longest = int((exit * (length > 0)).max()), int(length.max())
             # Where rows that draft nothing leave is of no account.
-            together, alike = together and together.begin(), bool(((exit == deepest) | (length == 0)).all())
+            together, alike = together and together.begin(len(slots)), bool(((exit == deepest) | (length == 0)).all())
         else:
-            (deepest, longest), _ = self._bounds.exchange(torch.stack((deepest, longest)))
+            # What there is room for in a round says nothing of the one that these are bounds of.
+            bounds = (exit * (self.wanted > 0)).max(), self.wanted.max()
+            (deepest, longest), _ = self._bounds.exchange(torch.stack(bounds))
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
         stop_below, expected = (
-            of.gather(1, exit.unsqueeze(1)).squeeze(1) for of in (choice.stop_below, choice.acceptance)
+            of[:-1].gather(1, exit.unsqueeze(1)).squeeze(1) for of in (choice.stop_below, choice.acceptance)
         )
         self._drafts = longest > 0
         self._expected, self._allowed = expected.nan_to_num(), limit > 0
         return Plan(exit, length, stop_below, deepest, longest, together, alike)
 
-    def _choose(self, slots: torch.Tensor, limit: torch.Tensor, context: torch.Tensor) -> "Choice":
+    @property
+    def wanted(self) -> torch.Tensor:
+        """How long drafts of this round would be if there were room, [rows] int64."""
+        assert self._choice is not None
+        return self._choice.length[:-1]
+
+    def _choose(self, slots: torch.Tensor, wished: torch.Tensor, context: torch.Tensor) -> Choice:
+        """For these rows, and for a sequence that takes the place of one of them."""
+        known, longest = pad(slots, (0, 1), value=self.num_slots), pad(wished, (0, 1), value=self.max_length)
         # In the type of a warm-up's: a kernel for another one would be compiled while serving.
-        paper = self.statistics.stop_below(slots).float()
+        paper = self.statistics.stop_below(known).float()
         if self.planner is None:
-            acceptance = self.statistics.acceptance(slots)
+            acceptance = self.statistics.acceptance(known)
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
-            longest = torch.full_like(limit, self.max_length)
             return Choice(slots, exit, longest, paper, acceptance)
-        acceptance = self.statistics.estimate(slots)
-        decision = self.planner.plan(acceptance, limit, context)
+        acceptance = self.statistics.estimate(known)
+        context = torch.cat((context, context.amin().unsqueeze(0)))
+        decision = self.planner.plan(acceptance, longest, context, beside=1)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
-        offset, slope = self.statistics.by_confidence(slots)
+        offset, slope = self.statistics.by_confidence(known)
         pays_above = (decision.worth.unsqueeze(1) / acceptance - offset) / slope
         stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf).float())
         together = None
         if self._on_host:
-            known = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
-            of_exit = known.gather(2, decision.exit[None, :, None].expand(len(known), -1, 1)).squeeze(2)
+            of_exits = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
+            of_exit = of_exits.gather(2, decision.exit[None, :, None].expand(len(of_exits), -1, 1)).squeeze(2)
             expected, doubt_below, offset, slope = of_exit.numpy()
             worth = decision.worth.numpy(), float(decision.step_worth)
-            together = Together(expected, doubt_below, offset, slope, *worth, survived=np.ones(len(slots)))
-        idle = self._on_host and not decision.length.any()
-        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together, idle)
+            together = Together(expected, doubt_below, offset, slope, *worth, survived=np.ones(len(known)))
+        return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together)
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
         """Rows beyond those of `slots` are padding."""

@@ -4,7 +4,7 @@ DEL ends a sequence's draft where it is in doubt of its last token. In a batch s
 those that are left pay for the whole step. What they can still be expected to bring is weighed against it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ class Together:
     # [rows] float: how likely all drafts of the row so far are accepted
     survived: np.ndarray
 
-    def begin(self) -> "Together":
-        """The same for another round."""
-        return replace(self, survived=np.ones_like(self.survived))
+    def begin(self, rows: int) -> "Together":
+        """The same of the first rows, for another round."""
+        return self._of(slice(rows), np.ones(rows))
 
     def after(
         self,
@@ -62,6 +62,9 @@ class Together:
     ) -> "Together":
         """The same of some of the rows."""
         rows = index.numpy()
+        return self._of(rows, self.survived[rows])
+
+    def _of(self, rows: slice | np.ndarray, survived: np.ndarray) -> "Together":
         return Together(
             self.acceptance[rows],
             self.doubt_below[rows],
@@ -69,5 +72,5 @@ class Together:
             self.slope[rows],
             self.itself[rows],
             self.shared,
-            self.survived[rows],
+            survived,
         )

@@ -109,7 +109,7 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
 
     def plan() -> None:
         policy.observe(slots, verified)
-        policy.plan(slots, zeros + policy.max_length, zeros)
+        policy.plan(slots, zeros + policy.max_length, zeros + policy.max_length, zeros)
         if device.type != "cpu":
             torch.accelerator.synchronize()
 

@@ -12,7 +12,8 @@ STATISTICS_KEY = "vllm_del"
 class Allowance:
     """With a step, by request id; who is not named may draft the most there is."""
 
-    # the longest draft there is room for
+    # the longest draft that the request allows, and the longest there is room for in this step
+    wished: dict[str, int] = field(default_factory=dict)
     longest: dict[str, int] = field(default_factory=dict)
     # how many drafts the next step verifies; `None` if it takes as many as were made
     verified: dict[str, int] | None = None

@@ -171,6 +171,8 @@ class DelProposer(DraftModelProposer):
         drafted, self.num_drafts = self.num_drafts, None
         unfinished = self.runner.discard_request_mask.gpu[:num_rows]
         if self.alone and unfinished.all():
+            if isinstance(self.policy, DynamicPolicy) and self.policy.stopwatch:
+                self.policy.stopwatch.pause()
             return [[] for _ in range(num_rows)]
         rejected = num_rejected_tokens_gpu
         if rejected is None:
@@ -196,8 +198,11 @@ class DelProposer(DraftModelProposer):
                 self.counted.observe(verified)
             if isinstance(self.policy, DynamicPolicy):
                 self.policy.observe(slots, verified)
-        most = [self.allowance.longest.get(request, num_speculative_tokens) for request in request_ids]
-        plan = self.policy.plan(slots, torch.tensor(most) * sampled, common_attn_metadata.seq_lens[:num_rows])
+        wished, longest = (
+            torch.tensor([of.get(request, num_speculative_tokens) for request in request_ids])
+            for of in (self.allowance.wished, self.allowance.longest)
+        )
+        plan = self.policy.plan(slots, wished, longest * sampled, common_attn_metadata.seq_lens[:num_rows])
 
         num_padded, across_dp = num_rows, None
         if not self.alone:
@@ -217,7 +222,7 @@ class DelProposer(DraftModelProposer):
         launched = draft(forward, rows, plan, max_model_len, drafts, self.compact)
         if isinstance(self.policy, DynamicPolicy):
             self.policy.record(slots, plan, drafts, launched)
-            wanted = dict(zip(request_ids, plan.length.tolist(), strict=False))
+            wanted = dict(zip(request_ids, self.policy.wanted.tolist(), strict=True))
             self.report = Report(wanted, self.policy.counts())
         return [[token for token in row if token != NO_TOKEN] for row in drafts.tokens[:num_rows].tolist()]
 
@@ -227,6 +232,8 @@ class DelProposer(DraftModelProposer):
         policy, batch, num_rows = self.policy, self.runner.input_batch, len(slots)
         if not isinstance(policy, DynamicPolicy) or not self.alone or self.counted is not None:
             return False
+        if batch_metadata.num_actual_tokens != num_rows:
+            return False  # some of it is of a prompt, or of what a preempted sequence had generated
         if (batch.num_computed_tokens_cpu[:num_rows] < batch.num_prompt_tokens[:num_rows]).any():
             return False
         contexts = int(batch_metadata.seq_lens[:num_rows].sum())

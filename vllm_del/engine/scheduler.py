@@ -124,11 +124,8 @@ class _SizesDrafts(Scheduler):
                 reserved_blocks=reserved_blocks + leave,
                 **kwargs,
             )
-            if blocks is not None and length < self._most:
-                self._allowance.longest[request.request_id] = length
-                if not length and end >= request.num_tokens:
-                    unwished = "ends" if self._wished(request) else "not_wanted"
-                    self._undrafted["no_room" if wish else unwished] += 1
+            if blocks is not None:
+                self._allow(request, length, wish, end)
             return blocks
 
         end = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens + num_new_tokens
@@ -149,6 +146,20 @@ class _SizesDrafts(Scheduler):
         if blocks is None and leave:
             self._reserve.newcomer_waits()
         return blocks
+
+    def _allow(self, request: Request, length: int, wish: int, end: int) -> None:
+        """The request may draft so many tokens after those up to `end`, of as many as it can use."""
+        request_id, wished = request.request_id, self._wished(request)
+        if wished < self._most:
+            self._allowance.wished[request_id] = wished
+        if length < self._most:
+            self._allowance.longest[request_id] = length
+        if length or end < request.num_tokens:
+            return
+        if not wish:
+            self._undrafted["ends" if wished else "not_wanted"] += 1
+        else:
+            self._undrafted["no_room" if self._wanted_length(request_id) else "does_not_pay"] += 1
 
     def _wish(self, request: Request, end: int) -> int:
         """The longest draft that the request wants and can use after its tokens up to `end`."""

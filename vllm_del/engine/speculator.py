@@ -261,18 +261,24 @@ class DelSpeculator(DraftModelSpeculator):
         sampled: torch.Tensor,
     ) -> Plan:
         """What the policy wants to draft, of that as much as there is room for and the next step will verify."""
-        longest, verified, request_ids = self.allowance.longest, self.allowance.verified, batch.req_ids
-        limit, room = num_steps * sampled, num_steps
-        if longest:
-            lengths = [longest.get(request, num_steps) for request in request_ids]
-            limit, room = torch.minimum(limit, upload(lengths, self.device)), max(lengths)
-        plan = self.policy.plan(slots, limit, batch.seq_lens[: batch.num_reqs])
+
+        def by_row(of: dict[str, int]) -> list[int]:
+            return [of.get(request, num_steps) for request in batch.req_ids]
+
+        allowance, room = self.allowance, num_steps
+        wished = limit = torch.full_like(slots, num_steps)
+        if allowance.wished:
+            wished = upload(by_row(allowance.wished), self.device)
+        if allowance.longest:
+            lengths = by_row(allowance.longest)
+            limit, room = upload(lengths, self.device), max(lengths)
+        plan = self.policy.plan(slots, wished, limit * sampled, batch.seq_lens[: batch.num_reqs])
         length = plan.length
         if isinstance(self.policy, DynamicPolicy):
-            lengths, requests = self._late_lengths.exchange(length, request_ids)
+            lengths, requests = self._late_lengths.exchange(self.policy.wanted, batch.req_ids)
             self.wanted = dict(zip(requests or (), lengths, strict=True))
-        if verified:
-            lengths = [verified.get(request, num_steps) for request in request_ids]
+        if allowance.verified:
+            lengths = by_row(allowance.verified)
             length, room = torch.minimum(length, upload(lengths, self.device)), min(room, max(lengths))
         return replace(plan, length=length, longest=min(plan.longest, room))
 

@@ -76,10 +76,12 @@ class Planner:
         limit: torch.Tensor,
         # [rows] int: the context length of each row
         context: torch.Tensor,
+        # how many of the rows, the last ones, are not in the batch: they get what is best for them within its plan
+        beside: int = 0,
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
-        lengths, costs, num_rows = self.lengths, self.costs, len(limit)
-        rates = self._rates(num_rows, context)
+        lengths, costs, num_rows = self.lengths, self.costs, len(limit) - beside
+        rates = self._rates(num_rows, context[:num_rows])
         shared = rates.slower * self._shared[num_rows] + rates.step_overhead
         per_row = rates.slower * self._per_row[num_rows]
         longer = (context - costs.context).double()
@@ -100,7 +102,7 @@ class Planner:
         value, length = (net.unsqueeze(-1) - price * row_cost).max(2)
         best, exit = value.cummax(1)
         # [exits, longest]: the batch's, with what it shares
-        total = best.sum(0) - price * lengths * shared[:, None]
+        total = best[:num_rows].sum(0) - price * lengths * shared[:, None]
         # [1] all: indices that stay on the device
         shape = self._choose(total, price * rates.verify)
         deepest, longest = shape // len(lengths), shape % len(lengths)
@@ -110,7 +112,9 @@ class Planner:
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
         itself = per_row[row_exit] + self._per_token[num_rows].index_select(0, longest) + of_row_context
         worth = price * itself, price * shared.index_select(0, deepest).squeeze(0)
-        expected = self._expect(gain, row_exit, row_length, of_row_context, rates)
+        expected = self._expect(
+            gain[:num_rows], row_exit[:num_rows], row_length[:num_rows], of_row_context[:num_rows], rates
+        )
         decision = Decision(row_exit, row_length, *worth, *expected)
 
         self._price.copy_(decision.tokens / (decision.draft_time + decision.verify_time))
