@@ -157,11 +157,11 @@ class TestAttributes:
                 "engine/verification.py",
             ),
             ("vllm.v1.worker.gpu.async_utils:StepTimingSample", "forward_ms", "engine/verification.py"),
-            ("vllm.v1.worker.gpu.input_batch:InputBatch", "max_query_len", "engine/patches.py"),
+            ("vllm.v1.worker.gpu.input_batch:InputBatch", "max_query_len", "engine/faults.py"),
             (
                 "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
                 "cg_mode max_query_len",
-                "engine/patches.py",
+                "engine/faults.py",
             ),
             ("vllm.config:ModelConfig", "model get_total_num_hidden_layers", "config.py"),
             ("vllm.config:ParallelConfig", "tensor_parallel_size", "config.py"),
@@ -218,12 +218,12 @@ class TestAttributes:
             (
                 "vllm.v1.worker.gpu_input_batch:InputBatch",
                 "thinking_budget_state_holder",
-                "engine/patches.py",
+                "engine/faults.py",
             ),
             (
                 "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder",
                 "in_spec_mode",
-                "engine/patches.py",
+                "engine/faults.py",
             ),
             ("vllm.v1.worker.block_table:MultiGroupBlockTable", "block_tables", "engine/proposer.py"),
             ("vllm.v1.worker.block_table:BlockTable", "block_size get_device_tensor", "engine/proposer.py"),

@@ -1,9 +1,9 @@
 """The ledger: every place where vLLM is patched, why, and what upstream change would end it.
 
 Each entry is one small function that gets the original first, and hands on what it does not know. They leave vLLM as
-it is for anyone who does not ask for `del`; the three marked [fault] mend vLLM in a process whose runner did ask.
-vLLM has no registry for speculators from outside its tree (RFCs vllm-project/vllm#36219 and #51212, both open); with
-one, the entries marked [registry] go.
+it is for anyone who does not ask for `del`; those of `faults` mend it in a process whose runner did ask. vLLM has no
+registry for speculators from outside its tree (RFCs vllm-project/vllm#36219 and #51212, both open); with one, the
+entries marked [registry] go.
 """
 
 import inspect
@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from vllm.config import CUDAGraphMode, SchedulerConfig, VllmConfig
+from vllm.config import SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -22,6 +21,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_del.asking import as_fields, asks_for_del
 from vllm_del.config import DelConfig
 from vllm_del.engine.command_line import accept_del
+from vllm_del.engine.faults import expand_for_any_dtype, keep_to_the_graph, sample_as_without_drafts
 from vllm_del.engine.support import check_supported
 from vllm_del.engine.wrap import wrap
 from vllm_del.wishes import longest_wished
@@ -31,7 +31,6 @@ logger = init_logger(f"vllm.{__name__}")
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.loggers import StatLoggerManager
-    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
 OUR_SCHEDULERS = "vllm_del.engine.scheduler"
@@ -163,15 +162,15 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
             import vllm.v1.worker.gpu.model_runner as runner_v2
 
             wrap(runner_v2, "init_speculator", _make_speculator)
-            wrap(runner_v2.GPUModelRunner, "prepare_inputs", _keep_to_the_graph)
+            wrap(runner_v2.GPUModelRunner, "prepare_inputs", keep_to_the_graph)
         else:
             import vllm.v1.sample.rejection_sampler as sampler_v1
             from vllm.v1.spec_decode.draft_model import DraftModelProposer
             from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
             wrap(DraftModelProposer, "__new__", _make_proposer)
-            wrap(GPUModelRunner, "_prepare_inputs", _sample_as_without_drafts)
-            wrap(sampler_v1, "expand_batch_to_tokens", _expand_for_any_dtype)
+            wrap(GPUModelRunner, "_prepare_inputs", sample_as_without_drafts)
+            wrap(sampler_v1, "expand_batch_to_tokens", expand_for_any_dtype)
     original(self, *args, **kwargs)
     if isinstance(config.speculative_config, DelConfig):
         # vLLM compares method names here too. Of which layers, `DelConfig` says in vLLM's own way.
@@ -252,28 +251,6 @@ def _make_speculator(original: Callable, vllm_config: VllmConfig, *args: Any, **
     return DelSpeculator(vllm_config, given["device"])
 
 
-def _keep_to_the_graph(
-    original: Callable,
-    self: Any,
-    scheduler_output: Any,
-    batch_req_state: Any,
-    batch_desc: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """[fault] V2: attention's metadata are made for rows as long as those that a graph was recorded for.
-
-    Why: vLLM 0.32 makes them for the longest row of the batch, but for its adaptive verification. FlashAttention 3 lays
-    them out in another way where no row has more than one token (heads of up to 64 or more than 128), as in rounds
-    without drafts, and a graph that was recorded for longer rows would read something else from them. Goes when vLLM
-    takes the bound from the graph's descriptor.
-    """
-    batch = original(self, scheduler_output, batch_req_state, batch_desc, *args, **kwargs)
-    if batch_desc.cg_mode == CUDAGraphMode.FULL and batch_desc.max_query_len is not None:
-        batch.max_query_len = batch_desc.max_query_len
-    return batch
-
-
 def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> Any:
     """[registry] V1 runner: `DraftModelProposer(...)` yields a DelProposer, its subclass.
 
@@ -283,41 +260,3 @@ def _make_proposer(original: Callable, cls: type, *args: Any, **kwargs: Any) -> 
 
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     return object.__new__(DelProposer if isinstance(vllm_config.speculative_config, DelConfig) else cls)
-
-
-def _sample_as_without_drafts(
-    original: Callable, self: Any, scheduler_output: "SchedulerOutput", *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, "SpecDecodeMetadata | None", int]:
-    """[fault] V1: a step in which no sequence has a draft is sampled as in vLLM without speculation.
-
-    Why: vLLM 0.32 has the rejection sampler do it with any speculative method, which takes longer, and dies on `top_k`
-    where there is no drafted position. Goes when vLLM makes metadata of drafts only where there are some. Then it also
-    has to tell a thinking budget whose rows the logits are: one for each sequence, or for each of its drafts.
-    """
-    logits_indices, of_drafts, most_sampled = original(self, scheduler_output, *args, **kwargs)
-    if not isinstance(self.speculative_config, DelConfig):
-        return logits_indices, of_drafts, most_sampled
-    any_drafts = bool(scheduler_output.scheduled_spec_decode_tokens)
-    if (thinking := self.input_batch.thinking_budget_state_holder) is not None:
-        thinking.in_spec_mode = any_drafts
-    return logits_indices, of_drafts if any_drafts else None, most_sampled
-
-
-def _expand_for_any_dtype(
-    _original: Callable,
-    # [batch_size]
-    x: torch.Tensor,
-    # [batch_size]
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: int = 0,
-    replace_to: int = 0,
-) -> torch.Tensor:
-    """[fault] V1 on a CPU: temperature, `top_k` and `top_p` of each sequence, repeated for its drafts [num_tokens].
-
-    Why: vLLM 0.32's CPU version fills an int64 copy of its output and drops it unless the output is int64 itself,
-    which these never are; what is then read as temperature is whatever the memory held, so sampled output
-    would not follow the target's distribution. Goes with vllm-project/vllm#42638 or its like.
-    """
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
