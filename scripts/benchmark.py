@@ -23,28 +23,21 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
-import torch
 import typer
 from contenders import Contender, Engine, take_turns
+from expected import allowed, estimates
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from vllm import __version__ as vllm_version
-from workloads import PROMPT_TOKENS, default_workloads, requests_of
+from workloads import default_workloads, requests_of
 
-from vllm_del.draft.tally import Counts
 from vllm_del.engine.measure import machine
 from vllm_del.engine.profiling import costs_of_worker
-from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
-from vllm_del.policy.predict import predict
 
 console = Console(highlight=False)
-
-ENOUGH = 200
-"""Drafts whose fate is known, to take the acceptance rate of an exit from."""
 
 
 def pairs_of(fixed: str, longest: int) -> dict[int, list[int]]:
@@ -54,56 +47,6 @@ def pairs_of(fixed: str, longest: int) -> dict[int, list[int]]:
         depth, _, length = pair.partition(":")
         pairs.setdefault(int(depth), []).extend([int(length)] if length else range(1, longest + 1))
     return pairs
-
-
-def estimates(counts: list[Counts]) -> dict[str, Any]:
-    """What the policy expected beside what came: of drafts that were tried, and of the time of rounds."""
-    tried = sum(sum(of.tried) for of in counts)
-    timed = [of for of in counts if of.measured_seconds]
-    found: dict[str, Any] = {"drafted_by_exit": [sum(by) for by in zip(*(of.drafted for of in counts), strict=True)]}
-    if tried:
-        found["acceptance_expected"] = round(sum(sum(of.expected) for of in counts) / tried, 3)
-        found["acceptance"] = round(sum(sum(of.accepted) for of in counts) / tried, 3)
-    if timed:
-        found["round_time_planned_over_measured"] = round(
-            median(of.planned_seconds / of.measured_seconds for of in timed), 3
-        )
-    return found
-
-
-def allowed(
-    costs: MeasuredCosts,
-    correction: Correction,
-    counts: list[Counts],
-    # tokens a second
-    off: float,
-    workload: str,
-    about: dict[str, Any],
-    exits: list[int],
-    longest: int,
-    tokens: int,
-) -> tuple[float | None, dict[int, float]]:
-    """The speed-up that measured costs and the acceptance of drafts allow, and the acceptance by exit.
-
-    Costs are as measured at start, corrected by the clock of the last rounds in which all places were taken; of
-    sequences that are alike, with the prompts that all of them have to compute, over the measured speed without drafts.
-    For exits that hardly drafted, the agreement that the model was made with.
-    """
-    kind, number = workload.split(" x")
-    agreement = about.get("agreement_by_exit", {}).get(kind)
-    if agreement is None or any(str(depth) not in agreement for depth in exits):
-        return None, {}
-    rates = [agreement[str(depth)] for depth in exits]
-    for index in range(len(exits)):
-        tried, accepted = (sum(getattr(of, name)[index] for of in counts) for name in ("tried", "accepted"))
-        if tried >= ENOUGH:
-            rates[index] = accepted / tried
-    places = int(number)
-    best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2, correction)
-    tables = CostTables(costs, places + PROMPT_TOKENS, longest, torch.device("cpu"))
-    of_prompt = correction.verify * (tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places))
-    speed_up = tokens / (of_prompt + tokens / best.best) / off
-    return round(speed_up, 3), {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
 
 
 def compete(

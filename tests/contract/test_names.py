@@ -200,7 +200,7 @@ class TestAttributes:
             ("vllm.v1.kv_cache_interface:KVCacheConfig", "kv_cache_groups", "engine/proposer.py"),
             (
                 "vllm.v1.attention.backend:CommonAttentionMetadata",
-                "seq_lens max_seq_len query_start_loc_cpu",
+                "seq_lens max_seq_len query_start_loc_cpu num_actual_tokens",
                 "engine/proposer.py, engine/steps.py",
             ),
             ("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", "num_draft_tokens", "engine/proposer.py"),

@@ -1,0 +1,64 @@
+"""What the policy expected of a workload, beside what came of it; and the most that could be expected."""
+
+from statistics import median
+from typing import Any
+
+import torch
+from workloads import PROMPT_TOKENS
+
+from vllm_del.draft.tally import Counts
+from vllm_del.policy.cost import Correction, CostTables, MeasuredCosts
+from vllm_del.policy.predict import predict
+
+ENOUGH = 200
+"""Drafts whose fate is known, to take the acceptance rate of an exit from."""
+
+
+def estimates(counts: list[Counts]) -> dict[str, Any]:
+    """What the policy expected beside what came: of drafts that were tried, and of the time of rounds."""
+    tried = sum(sum(of.tried) for of in counts)
+    timed = [of for of in counts if of.measured_seconds]
+    found: dict[str, Any] = {"drafted_by_exit": [sum(by) for by in zip(*(of.drafted for of in counts), strict=True)]}
+    if tried:
+        found["acceptance_expected"] = round(sum(sum(of.expected) for of in counts) / tried, 3)
+        found["acceptance"] = round(sum(sum(of.accepted) for of in counts) / tried, 3)
+    if timed:
+        found["round_time_planned_over_measured"] = round(
+            median(of.planned_seconds / of.measured_seconds for of in timed), 3
+        )
+    return found
+
+
+def allowed(
+    costs: MeasuredCosts,
+    correction: Correction,
+    counts: list[Counts],
+    # tokens a second
+    off: float,
+    workload: str,
+    about: dict[str, Any],
+    exits: list[int],
+    longest: int,
+    tokens: int,
+) -> tuple[float | None, dict[int, float]]:
+    """The speed-up that measured costs and the acceptance of drafts allow, and the acceptance by exit.
+
+    Costs are as measured at start, corrected by the clock of the last rounds in which all places were taken; of
+    sequences that are alike, with the prompts that all of them have to compute, over the measured speed without drafts.
+    For exits that hardly drafted, the agreement that the model was made with.
+    """
+    kind, number = workload.split(" x")
+    agreement = about.get("agreement_by_exit", {}).get(kind)
+    if agreement is None or any(str(depth) not in agreement for depth in exits):
+        return None, {}
+    rates = [agreement[str(depth)] for depth in exits]
+    for index in range(len(exits)):
+        tried, accepted = (sum(getattr(of, name)[index] for of in counts) for name in ("tried", "accepted"))
+        if tried >= ENOUGH:
+            rates[index] = accepted / tried
+    places = int(number)
+    best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2, correction)
+    tables = CostTables(costs, places + PROMPT_TOKENS, longest, torch.device("cpu"))
+    of_prompt = correction.verify * (tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places))
+    speed_up = tokens / (of_prompt + tokens / best.best) / off
+    return round(speed_up, 3), {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
