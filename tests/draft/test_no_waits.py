@@ -2,6 +2,7 @@
 
 import inspect
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_del.draft.clock import Stopwatch
+from vllm_del.draft.clock import Pace, Stopwatch
 from vllm_del.draft.decide import DynamicPolicy
 from vllm_del.draft.head import LogitsHead, quantise
 from vllm_del.draft.loop import Drafts, Launched
@@ -31,11 +32,13 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.number = 0
         self.seen: list[str] = []
         self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        self.number += 1
         # So is a number that is put at places: it is copied to the device first.
         number_put = name.startswith("index_put") and not args[2].dim()
         if name in WAITING or number_put:
@@ -68,13 +71,9 @@ def policy(objective: str) -> DynamicPolicy:
     return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, False, stopwatch)
 
 
-@pytest.mark.parametrize("objective", ["goodput", "tpl"])
-@pytest.mark.parametrize("ended", [[], [(1, 5)]])
-def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
-    torch.manual_seed(0)
-    mine, slots = policy(objective), torch.tensor([3, 1, 0, 7])
+def verification(ended: Sequence[tuple[int, int]] = (), fresh: Sequence[int] = ()) -> Verified:
     tokens = ROWS * (1 + LENGTH) + 5
-    verified = Verified(
+    return Verified(
         states=[torch.rand(tokens, HIDDEN) for _ in range(len(EXITS) + 1)],
         input_ids=torch.randint(HIDDEN, (tokens,)),
         start=torch.arange(ROWS) * (1 + LENGTH) + 5,
@@ -87,8 +86,16 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
         contexts=50 * ROWS,
         only_decodes=not ended,
         ended=ended,
-        fresh=[],
+        fresh=fresh,
     )
+
+
+@pytest.mark.parametrize("objective", ["goodput", "tpl"])
+@pytest.mark.parametrize("ended", [[], [(1, 5)]])
+def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    mine, slots = policy(objective), torch.tensor([3, 1, 0, 7])
+    verified = verification(ended)
     limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 50)
     launched = Launched([(ROWS, 1)] * LENGTH, 0.1)
     watch, vocabulary = Watch(), DraftVocabulary(HIDDEN // 2, HIDDEN, CPU)
@@ -110,3 +117,30 @@ def test_a_round(objective: str, ended: list[tuple[int, int]]) -> None:
         assert torch.ones(2)[1].item() == 1
         torch.ones(2)[torch.tensor([1])] = 0
     assert len(watch.seen) == 2, "the watch sees nothing"
+
+
+def operations(planning: float, drafts: bool) -> float:
+    """Of a round in which the batch is another one, with one new sequence in nine rounds."""
+    torch.manual_seed(0)
+    mine, watch, rounds = policy("goodput"), Watch(), 90
+    mine.pace = Pace(planning, mine.planner.costs, learns=False)  # type: ignore[union-attr]
+    limit, context = torch.full((ROWS,), LENGTH), torch.full((ROWS,), 50)
+    for number in range(rounds):
+        slots = torch.tensor([number // 9 % 5, 6, 7, 8])
+        verified = verification(fresh=[0] if number % 9 == 0 else [])
+        if not drafts:
+            verified.longest, verified.drafted, verified.accepted = 0, limit * 0, limit * 0
+        with watch:
+            mine.observe(slots, verified)
+            plan = mine.plan(slots, limit, limit, context)
+            said = Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH))
+            mine.record(slots, plan, said, Launched([(ROWS, 1)] * LENGTH, 0.1))
+    assert watch.seen == []
+    return watch.number / rounds
+
+
+def test_sequences_come_and_go() -> None:
+    """Where planning is dear little of it is left, also in batches that change, and nothing waits."""
+    each, rarely, idle = operations(0.0, True), operations(1e6, True), operations(1e6, False)
+    assert rarely < 0.6 * each
+    assert idle < 0.3 * each
