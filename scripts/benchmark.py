@@ -155,12 +155,10 @@ def main(
             found[workload] = of
             depths = list(map(int, exits.split(",")))
             counts = engines["dynamic"].counts
-            off, _, dynamic = bases
+            dynamic = bases[-1]
             assert dynamic.correction is not None
             of["correction"] = asdict(dynamic.correction)
-            of["allowed"], of["allowed_at"] = allowed(
-                costs, dynamic.correction, counts, off.rate, workload, about, depths, longest, tokens
-            )
+            of |= allowed(costs, dynamic.correction, counts, workload, about, depths, longest, tokens)
             show(workload, of)
             if out:
                 out.parent.mkdir(parents=True, exist_ok=True)

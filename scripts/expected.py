@@ -33,24 +33,23 @@ def allowed(
     costs: MeasuredCosts,
     correction: Correction,
     counts: list[Counts],
-    # tokens a second
-    off: float,
     workload: str,
     about: dict[str, Any],
     exits: list[int],
     longest: int,
     tokens: int,
-) -> tuple[float | None, dict[int, float]]:
-    """The speed-up that measured costs and the acceptance of drafts allow, and the acceptance by exit.
+) -> dict[str, Any]:
+    """The speed-up that measured costs and the acceptance of drafts allow, the acceptance by exit, and what these costs
+    say of the tokens a second without drafts: where that is not what was measured, the rest is worth little.
 
     Costs are as measured at start, corrected by the clock of the last rounds in which all places were taken; of
-    sequences that are alike, with the prompts that all of them have to compute, over the measured speed without drafts.
-    For exits that hardly drafted, the agreement that the model was made with.
+    sequences that are alike, with the prompts that all of them have to compute. For exits that hardly drafted, the
+    agreement that the model was made with.
     """
     kind, number = workload.split(" x")
     agreement = about.get("agreement_by_exit", {}).get(kind)
     if agreement is None or any(str(depth) not in agreement for depth in exits):
-        return None, {}
+        return {"allowed": None}
     rates = [agreement[str(depth)] for depth in exits]
     for index in range(len(exits)):
         tried, accepted = (sum(getattr(of, name)[index] for of in counts) for name in ("tried", "accepted"))
@@ -60,5 +59,9 @@ def allowed(
     best = predict(costs, exits, rates, longest, places, PROMPT_TOKENS + tokens // 2, correction)
     tables = CostTables(costs, places + PROMPT_TOKENS, longest, torch.device("cpu"))
     of_prompt = correction.verify * (tables.verify_seconds(places + PROMPT_TOKENS) - tables.verify_seconds(places))
-    speed_up = tokens / (of_prompt + tokens / best.best) / off
-    return round(speed_up, 3), {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)}
+    without, with_drafts = (of_prompt + tokens / rate for rate in (best.without, best.best))
+    return {
+        "allowed": round(without / with_drafts, 3),
+        "allowed_at": {depth: round(rate, 3) for depth, rate in zip(exits, rates, strict=True)},
+        "off_by_costs": round(tokens / without, 1),
+    }

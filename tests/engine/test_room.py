@@ -15,8 +15,8 @@ import torch
 from tests.engine import host as engines
 from tests.engine.checkpoints import checkpoint
 from tests.engine.host import Host
+from tests.engine.test_drafts import drafter_of
 from vllm_del.draft.clock import MOST_ROUNDS, Pace
-from vllm_del.engine.patches import drafter_of
 
 BLOCK = engines.ENGINE_DEFAULTS["block_size"]
 SPEC = {"method": "del", "del_exit_layers": [1, 2], "num_speculative_tokens": 3}

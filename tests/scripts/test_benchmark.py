@@ -40,12 +40,13 @@ def counts(tried: float, accepted: float, expected: float = 0.0, seconds: tuple[
     ],
 )
 def test_what_is_allowed(correction: Correction, seen: Counts, per_second: float) -> None:
-    about, off = {"agreement_by_exit": {"easy": {"3": 0.0}}}, 0.5
-    found, at = allowed(COSTS, correction, [seen], off, "easy x1", about, [3], 8, 90)
-    of_prompt = correction.verify * 1.0
-    assert found == pytest.approx(90 / (of_prompt + 90 / per_second) / off, abs=2e-3)
-    assert at == {3: float(sum(seen.tried) >= ENOUGH)}
-    assert allowed(COSTS, correction, [seen], off, "mixed x1", about, [3], 8, 90) == (None, {})
+    about = {"agreement_by_exit": {"easy": {"3": 0.0}}}
+    found = allowed(COSTS, correction, [seen], "easy x1", about, [3], 8, 90)
+    prompt, without = correction.verify, 90 * correction.verify
+    assert found["allowed"] == pytest.approx((prompt + without) / (prompt + 90 / per_second), abs=2e-3)
+    assert found["off_by_costs"] == pytest.approx(90 / (prompt + without), abs=0.05)
+    assert found["allowed_at"] == {3: float(sum(seen.tried) >= ENOUGH)}
+    assert allowed(COSTS, correction, [seen], "mixed x1", about, [3], 8, 90) == {"allowed": None}
 
 
 def test_what_was_expected() -> None:
