@@ -85,6 +85,8 @@ def verification(ended: Sequence[tuple[int, int]] = (), fresh: Sequence[int] = (
         num_tokens=tokens,
         contexts=50 * ROWS,
         only_decodes=not ended,
+        came=len(fresh),
+        left=len(fresh),
         ended=ended,
         fresh=fresh,
     )

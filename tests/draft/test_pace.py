@@ -15,7 +15,8 @@ def verified(fresh: Sequence[int] = (), drafts: int = 0) -> Verified:
     zeros = torch.zeros(ROWS, dtype=torch.int64)
     fields = dict.fromkeys(("input_ids", "start", "drafted", "accepted", "next_token"), zeros)
     states = [torch.rand(ROWS, HIDDEN) for _ in range(len(EXITS) + 1)]
-    more = {"states": states, "longest": drafts, "num_tokens": ROWS, "contexts": 0, "ended": [], "fresh": fresh}
+    more = {"states": states, "longest": drafts, "num_tokens": ROWS, "contexts": 0, "ended": []}
+    more |= {"fresh": fresh, "came": len(fresh), "left": len(fresh)}
     return Verified(**fields, **more, sampled=zeros == 0, only_decodes=not fresh)  # type: ignore[arg-type]
 
 
@@ -43,20 +44,24 @@ def test_who_is_in_the_batch() -> None:
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     pace = Pace(100.0, costs, learns=False)
 
-    def due(num_rows: int, came: int = 0) -> bool:
-        pace.begin(num_rows, came)
+    def due(num_rows: int, came: int = 0, left: int = 0) -> bool:
+        pace.begin(num_rows, came, left)
         if is_due := pace.is_due(drafts=True):
             pace.planned(0.0)
         return is_due
 
     assert [due(4, came=4), due(4), due(4), due(4), due(4)] == [True, True, True, False, True]
     # Each plan of four has its own count of who came and left, and the batch does not begin anew.
-    assert [due(3), due(4, came=1), due(4)] == [False, False, False]
-    assert [due(4, came=1), due(4)] == [True, False]
-    assert [due(6, came=2), due(3)] == [True, True]
+    assert [due(3, left=1), due(4, came=1), due(4)] == [False, False, False]
+    assert [due(4, came=1, left=1), due(4)] == [True, False]
+    assert [due(6, came=2), due(3, left=3)] == [True, True]
     # One by one, and all of them at once.
-    assert [due(3, came=1), due(3, came=1)] == [False, True]
-    assert [due(3, came=3), due(3), due(3), due(3), due(3)] == [True, True, True, False, True]
+    assert [due(3, came=1, left=1), due(3, came=1, left=1)] == [False, True]
+    assert [due(3, came=3, left=3), due(3), due(3), due(3), due(3)] == [True, True, True, False, True]
+    # Of many sequences most are new: as good as all.
+    for _ in range(8):
+        due(3)
+    assert [due(15, came=12), due(15), due(15), due(15), due(15)] == [True, False, True, False, False]
 
 
 def test_new_sequences_do_not_wait_for_as_long_as_a_plan_without_drafts_serves() -> None:
@@ -151,7 +156,7 @@ def test_a_plan_of_drafts_is_not_passed_over() -> None:
 def test_what_there_is_room_for_is_new_each_round() -> None:
     mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
     mine.pace = Pace(1.0, policy("goodput").planner.costs, learns=False)  # type: ignore[union-attr]
-    wished = torch.tensor([LENGTH, LENGTH, 0, LENGTH])
+    mine._on_host, wished = True, torch.tensor([LENGTH, LENGTH, 0, LENGTH])
     for most in (0, LENGTH, 1, 2):
         mine.observe(slots, verified())
         plan = mine.plan(slots, wished, torch.full((ROWS,), most), torch.zeros(ROWS))

@@ -30,6 +30,8 @@ def verified(*rows: tuple[list[int], int, int, bool], longest: int = 3) -> Verif
         num_tokens=0,
         contexts=0,
         only_decodes=True,
+        came=0,
+        left=0,
         fresh=[],
         ended=[],
     )

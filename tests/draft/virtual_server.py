@@ -190,6 +190,8 @@ def _verified(
         only_decodes=not fresh,
         fresh=fresh,
         ended=[(row, PROMPT - 1) for row in fresh],
+        came=len(fresh),
+        left=len(fresh),
     )
 
 

@@ -24,7 +24,7 @@ COUNTS = {
     "planned_seconds": 2.0,
     "measured_seconds": 2.5,
 }
-COUNTED = {"counts": [COUNTS, COUNTS], "no_room": 7, "not_wanted": 2, "ends": 1}
+COUNTED = {"counts": [COUNTS, COUNTS], "does_not_pay": 4, "no_room": 3, "not_wanted": 2, "ends": 1}
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 
@@ -47,7 +47,8 @@ def test_counters(metrics: Metrics) -> None:
     assert value("expected_accepted_tokens", exit_layer="2") == 10
     assert [value("drafts", length=str(length)) for length in range(4)] == [20, 0, 10, 20]
     reasons = [value("rounds_without_draft", reason=r) for r in REASONS]
-    assert reasons == [20, 7, 2, 1]
+    # Where there was no room either, and where there was.
+    assert reasons == [24, 3, 2, 1]
     assert (value("planned_seconds"), value("measured_seconds")) == (4, 5)
     assert value("drafted_tokens", exit_layer="2", engine="0") == 0
 
@@ -56,7 +57,7 @@ def test_the_line_of_the_log_is_of_what_is_new(metrics: Metrics) -> None:
     assert metrics.log_line() is None
     metrics.observe(0, COUNTED)
     assert metrics.log_line() == (
-        "del: 50% of rounds drafted, 33% does not pay, 12% no room, 3% not wanted, 2% ends, "
+        "del: 50% of rounds drafted, 40% does not pay, 5% no room, 3% not wanted, 2% ends, "
         "2.7 tokens a draft (25% after layer 2, 75% after layer 4), 78% accepted, "
         "acceptance rate 0.86 (expected 0.83), rounds took 1.25 of the time planned"
     )

@@ -187,19 +187,18 @@ class Pace:
         self.most = MOST_ROUNDS
         # As measured at first, and then of the last plans
         self._seconds = deque([planning_seconds] * AS_TABLED, maxlen=LAST)
-        # Sequences in this round, and rounds since all of them were new
-        self._rows = self._age = 0
+        # Sequences in this round, and for how many rounds they have been there, on average
+        self._rows, self._age = 0, 0.0
         # Of the last plan: for how many it was made, and of what age; and since then rounds, and who came and left
-        self._planned_for = self._planned_at = 0
+        self._planned_for, self._planned_at = 0, 0.0
         self._served = self._came = self._left = 0
 
-    def begin(self, num_rows: int, came: int = 0) -> None:
-        """A round begins, of so many sequences; some were not in the one before."""
-        self._left += max(0, self._rows + came - num_rows)
-        self._came += came
+    def begin(self, num_rows: int, came: int = 0, left: int = 0) -> None:
+        """A round begins, of so many sequences; some were not in the one before, and some of that one are gone."""
+        self._came, self._left = self._came + came, self._left + left
         self._rows = num_rows
         self._served += 1
-        self._age = 0 if self._came >= num_rows else self._age + 1
+        self._age = (self._age + 1) * (1 - came / num_rows)
 
     def is_due(self, drafts: bool, ahead: int = 0) -> bool:
         """Whether the last plan, with any drafts or without, no longer serves: in this round, or so many later ones."""
@@ -216,7 +215,7 @@ class Pace:
         if self._learns:
             self._seconds.append(seconds)
 
-    def rounds(self, num_rows: int, drafts: bool, age: int) -> int:
+    def rounds(self, num_rows: int, drafts: bool, age: float) -> int:
         """For so many sequences, by a plan with any drafts or one without, made when they were so many rounds old.
 
         Of new sequences little is known yet: what is learnt in their first rounds tells most.
@@ -224,7 +223,7 @@ class Pace:
         verify = self._costs.correction.verify * self._costs.verify_seconds(num_rows)
         affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
         most = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
-        return max(1, min(most, age, self.most))
+        return max(1, min(most, int(age), self.most))
 
 
 class Late:

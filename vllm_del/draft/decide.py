@@ -95,6 +95,7 @@ class DynamicPolicy:
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
         """Learn from a verification, now or together with later ones."""
+        begun, scored_before = time.perf_counter(), self.shadow.seconds
         if self._outcomes and slots is not self._outcomes_of:
             # Before a slot of theirs is another sequence's.
             self.statistics.observe(self._outcomes_of, *matches(self._outcomes, len(self._depths))[:3])
@@ -107,19 +108,17 @@ class DynamicPolicy:
         outcome = Outcome(self._last.of(slots), verified.drafted, verified.accepted, verified.sampled)
         self._tally.add(outcome)
         self._time(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
-        if self._choice is not None and self._choice.slots is not slots:
-            self._choice = self._choice.of(slots, fresh, self.num_slots)
         if self.pace is not None:
-            self.pace.begin(len(slots), len(verified.fresh))
-        serves = self._choice is not None and self.pace is not None and not self.pace.is_due(self._drafts)
-        begun, scored_before = time.perf_counter(), self.shadow.seconds
+            self.pace.begin(len(slots), verified.came, verified.left)
+        choice, self._choice = self._choice, None
+        if choice is not None and self.pace is not None and not self.pace.is_due(self._drafts):
+            self._choice = choice if choice.slots is slots else choice.of(slots, fresh, self.num_slots)
         if verified.ended:
             self._observe_prompts(slots, verified)
-        if verified.longest or not serves:
+        if verified.longest or self._choice is None:
             self._outcomes.append(outcome)
-        if serves:
+        if self._choice is not None:
             return
-        self._choice = None
         matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
         self._outcomes.clear()
         # The states of this round are there to ask the other exits.
@@ -234,8 +233,9 @@ class DynamicPolicy:
             # Where rows that draft nothing leave is of no account.
             together, alike = together and together.begin(len(slots)), bool(((exit == deepest) | (length == 0)).all())
         else:
-            # What there is room for in a round says nothing of the one that these are bounds of.
-            bounds = (exit * (self.wanted > 0)).max(), self.wanted.max()
+            # How much there is room for in a round says nothing of the one that these are bounds of.
+            wanted = self.wanted * (limit > 0)
+            bounds = (exit * (wanted > 0)).max(), wanted.max()
             (deepest, longest), _ = self._bounds.exchange(torch.stack(bounds))
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
         stop_below, expected = (
@@ -255,9 +255,9 @@ class DynamicPolicy:
         """For these rows, and for a sequence that takes the place of one of them."""
         known, longest = pad(slots, (0, 1), value=self.num_slots), pad(wished, (0, 1), value=self.max_length)
         # In the type of a warm-up's: a kernel for another one would be compiled while serving.
-        paper = self.statistics.stop_below(known).float()
+        paper = _and_mean(self.statistics.stop_below(slots)).float()
         if self.planner is None:
-            acceptance = self.statistics.acceptance(known)
+            acceptance = _and_mean(self.statistics.acceptance(slots))
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
             return Choice(slots, exit, longest, paper, acceptance)
         acceptance = self.statistics.estimate(known)
@@ -265,7 +265,7 @@ class DynamicPolicy:
         decision = self.planner.plan(acceptance, longest, context, beside=1)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
-        offset, slope = self.statistics.by_confidence(known)
+        offset, slope = map(_and_mean, self.statistics.by_confidence(slots))
         pays_above = (decision.worth.unsqueeze(1) / acceptance - offset) / slope
         stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf).float())
         together = None
@@ -286,3 +286,8 @@ class DynamicPolicy:
         self._last.keep(slots, Drafted(exit, length, self._expected, self._allowed, confidence))
         if self.stopwatch:
             self.stopwatch.drafted(slots, launched, self.shadow.seconds)
+
+
+def _and_mean(values: torch.Tensor) -> torch.Tensor:
+    """A row more, [rows + 1, ...]: the mean of those that are known, for a sequence of which nothing is."""
+    return torch.cat((values, values.nanmean(0, keepdim=True)))

@@ -31,6 +31,9 @@ class Verified:
     contexts: int
     # whether every row was past its prompt before
     only_decodes: bool
+    # how many sequences were not in the batch before, new ones or not, and how many of that one are not in this
+    came: int
+    left: int
     # rows of sequences seen for the first time, or again in another slot
     fresh: Sequence[int]
     # of these the rows that ended their prompt in this step, and how many of its positions before the last one count

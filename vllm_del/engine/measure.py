@@ -103,6 +103,8 @@ def planning_seconds(policy: DynamicPolicy, rows: int, device: torch.device) -> 
         num_tokens=0,  # earns nothing for shadow tokens, so that none are scored
         contexts=0,
         only_decodes=True,
+        came=0,
+        left=0,
         ended=[],
         fresh=[],
     )

@@ -187,7 +187,7 @@ class DelProposer(DraftModelProposer):
                 self.runner.input_batch,
                 drafted,
                 common_attn_metadata,
-                self.slots_of.new_rows,
+                self.slots_of,
                 rejected,
                 sampled,
                 target_token_ids,

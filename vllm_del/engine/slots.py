@@ -17,13 +17,17 @@ class Slots:
         self._free = list(range(number))
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._last: tuple[list[str], torch.Tensor] = ([], torch.empty(0, dtype=torch.int64, device=device))
-        # The rows of the last call whose requests had no slot before.
+        # Of the last call: rows whose requests had no slot before; and beside the call before that one, how many
+        # requests came and how many left
         self.new_rows: list[int] = []
+        self.came = self.left = 0
 
     def of(self, request_ids: Sequence[str]) -> torch.Tensor:
         """The slots of these requests, [rows] int64. There are never more of them than slots."""
-        self.new_rows = []
+        self.new_rows, self.came, self.left = [], 0, 0
         if self._last[0] != request_ids:
+            stayed = len(set(request_ids).intersection(self._last[0]))
+            self.came, self.left = len(request_ids) - stayed, len(self._last[0]) - stayed
             for row, request_id in enumerate(request_ids):
                 if request_id not in self._slots:
                     self._slots[request_id] = self._free.pop() if self._free else self._slots.popitem(last=False)[1]

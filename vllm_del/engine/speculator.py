@@ -167,7 +167,7 @@ class DelSpeculator(DraftModelSpeculator):
                     input_batch,
                     self.runner.req_states.prompt_len.np,
                     self.num_speculative_steps,
-                    self.slots_of.new_rows,
+                    self.slots_of,
                     num_sampled,
                     num_rejected,
                     sampled,

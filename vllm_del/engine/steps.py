@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.verified import Verified
+from vllm_del.engine.slots import Slots
 
 
 def on_v1(
@@ -21,8 +22,8 @@ def on_v1(
     batch: Any,
     num_drafts: list[int] | None,
     metadata: CommonAttentionMetadata,
-    # rows of the batch that are other sequences than before
-    new_rows: list[int],
+    # as they are for this batch
+    slots_of: Slots,
     # [rows] int32, [rows] bool
     rejected: torch.Tensor,
     sampled: torch.Tensor,
@@ -39,7 +40,7 @@ def on_v1(
     prompt_len = batch.num_prompt_tokens[:num_rows]
     ended = sampled.numpy() & (batch.num_computed_tokens_cpu[:num_rows] < prompt_len)
     whole_prompt = batch.num_tokens_no_spec[:num_rows] == prompt_len
-    fresh, prompts = _fresh(ended, whole_prompt, new_rows, metadata.query_start_loc_cpu.diff())
+    fresh, prompts = _fresh(ended, whole_prompt, slots_of.new_rows, metadata.query_start_loc_cpu.diff())
     return Verified(
         states=states,
         input_ids=input_ids,
@@ -52,6 +53,8 @@ def on_v1(
         only_decodes=not ended.any() and bool(sampled.all()),
         num_tokens=int(ends[-1]),
         contexts=int(metadata.seq_lens[:num_rows].sum()),
+        came=slots_of.came,
+        left=slots_of.left,
         ended=prompts,
         fresh=fresh,
     )
@@ -63,8 +66,8 @@ def on_v2(
     prompt_len: np.ndarray,
     # the most drafts of a row
     longest: int,
-    # rows of the batch that are other sequences than before
-    new_rows: list[int],
+    # as they are for this batch
+    slots_of: Slots,
     # [rows] int32 each, [rows] bool
     num_sampled: torch.Tensor,
     num_rejected: torch.Tensor,
@@ -81,7 +84,7 @@ def on_v2(
     computed, prefill_len = batch.num_computed_prefill_tokens_np, batch.prefill_len_np
     ended = (computed < prefill_len) & (computed + batch.num_scheduled_tokens >= prefill_len)
     whole_prompt = prompt_len[batch.idx_mapping_np[:num_rows]] == prefill_len
-    fresh, prompts = _fresh(ended, whole_prompt, new_rows, batch.num_scheduled_tokens)
+    fresh, prompts = _fresh(ended, whole_prompt, slots_of.new_rows, batch.num_scheduled_tokens)
     return Verified(
         states=states,
         input_ids=batch.input_ids,
@@ -94,6 +97,8 @@ def on_v2(
         num_tokens=batch.num_tokens,
         contexts=int(batch.seq_lens_cpu_upper_bound[:num_rows].sum()),
         only_decodes=bool((computed >= prefill_len).all()),
+        came=slots_of.came,
+        left=slots_of.left,
         ended=prompts,
         fresh=fresh,
     )
