@@ -21,6 +21,9 @@ import torch
 from synthetic import tokens_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Where this is tried out on a CPU: vLLM 0.32's attention in bfloat16 uses the tiles of AMX, for which a process has to
+# ask, and dies where nothing asked before, as with matrices too small for oneDNN to take them.
+torch.cpu._init_amx()
 PROMPT_TOKENS = 32
 AGREEMENTS = {"0.9": "easy", "0.8": "hard"}
 """The model's two classes of tokens, by how often the chosen exit agrees."""

@@ -21,7 +21,6 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_del.asking import as_fields, asks_for_del
 from vllm_del.config import DelConfig
 from vllm_del.engine.command_line import accept_del
-from vllm_del.engine.faults import expand_for_any_dtype, keep_to_the_graph, sample_as_without_drafts
 from vllm_del.engine.support import check_supported
 from vllm_del.engine.wrap import wrap
 from vllm_del.wishes import longest_wished
@@ -154,6 +153,8 @@ def _install_the_drafter(original: Callable, self: "WorkerWrapperBase", *args: A
     config = self.vllm_config
     assert config is not None
     if isinstance(config.speculative_config, DelConfig):
+        from vllm_del.engine.faults import expand_for_any_dtype, keep_to_the_graph, sample_as_without_drafts
+
         # Before vLLM itself finds the model without, and speaks of methods that nobody has asked for.
         from vllm_del.engine.setup import check_target
 
