@@ -220,25 +220,29 @@ def _drawn_plans(seed: int | None) -> Iterator[None]:
     from vllm_del.draft.decide import DynamicPolicy
     from vllm_del.draft.loop import Plan
 
-    original = DynamicPolicy.plan
+    original, wanted = DynamicPolicy.plan, DynamicPolicy.wanted
     random = torch.Generator().manual_seed(seed or 0)
     most = LENGTHS[int(torch.randint(len(LENGTHS), (1,), generator=random))]
 
-    def plan(self: DynamicPolicy, slots: Any, limit: Any, context: Any) -> Plan:
-        original(self, slots, limit, context)
+    def plan(self: DynamicPolicy, slots: Any, wished: Any, limit: Any, context: Any) -> Plan:
+        original(self, slots, wished, limit, context)
         rows, deepest = len(limit), len(self._depths) - 1
         exit = torch.randint(deepest + 1, (rows,), generator=random)
-        length = torch.minimum(limit, torch.randint(most + 1, (rows,), generator=random))
+        # The scheduler hears of these lengths, not of those that the policy chose.
+        self.drawn = torch.minimum(wished, torch.randint(most + 1, (rows,), generator=random))
+        length = torch.minimum(limit, self.drawn)
         # Now and then none is too low.
         below = torch.rand(rows, generator=random) - 0.5
         return Plan(exit, length, below.where(below > 0, torch.nan), deepest, min(most, self.max_length))
 
     if seed is not None:
         DynamicPolicy.plan = plan  # type: ignore[method-assign]
+        DynamicPolicy.wanted = property(lambda self: self.drawn)  # type: ignore[assignment]
     try:
         yield
     finally:
         DynamicPolicy.plan = original  # type: ignore[method-assign]
+        DynamicPolicy.wanted = wanted  # type: ignore[method-assign]
 
 
 def _serve(
