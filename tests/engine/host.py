@@ -225,11 +225,11 @@ def _drawn_plans(seed: int | None) -> Iterator[None]:
     most = LENGTHS[int(torch.randint(len(LENGTHS), (1,), generator=random))]
 
     def plan(self: DynamicPolicy, slots: Any, wished: Any, limit: Any, context: Any) -> Plan:
-        original(self, slots, wished, limit, context)
         rows, deepest = len(limit), len(self._depths) - 1
-        exit = torch.randint(deepest + 1, (rows,), generator=random)
-        # The scheduler hears of these lengths, not of those that the policy chose.
+        # The scheduler hears of these lengths, not of those that the policy chooses.
         self.drawn = torch.minimum(wished, torch.randint(most + 1, (rows,), generator=random))
+        original(self, slots, wished, limit, context)
+        exit = torch.randint(deepest + 1, (rows,), generator=random)
         length = torch.minimum(limit, self.drawn)
         # Now and then none is too low.
         below = torch.rand(rows, generator=random) - 0.5
