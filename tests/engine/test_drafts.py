@@ -155,7 +155,7 @@ def test_nothing_of_its_own_is_in_memory(host: Host, checkpoints: Path) -> None:
 
 
 def _count_work(model: str, spec: Any) -> None:
-    """In the engine's process: from now on, rounds that rest, plans, and what the rejection sampler does.
+    """In the engine's process: from now on, rounds that rest, and what the rejection sampler does.
 
     With plans that are as dear as can be, beside which a round is short.
     """
@@ -164,7 +164,7 @@ def _count_work(model: str, spec: Any) -> None:
     policy, work = runner.drafter.policy, Counter()
     runner.counted_work = work, policy.pace
     policy.pace = Pace(1e6, policy.planner.costs, learns=False)
-    rest, choose, verify = policy.rest, policy._choose, runner.rejection_sampler.forward
+    rest, verify = policy.rest, runner.rejection_sampler.forward
 
     def counted(name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ def _count_work(model: str, spec: Any) -> None:
 
         return call
 
-    policy.rest, policy._choose = counted("rests", rest), counted("plans", choose)
+    policy.rest = counted("rests", rest)
     runner.rejection_sampler.forward = counted("rejection", verify)
     policy._tally.add_undrafted = lambda rows: work.update({"might have drafted": rows})
 
@@ -184,7 +184,7 @@ def _counted_work(model: str, spec: Any) -> dict[str, int]:
     runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     policy = runner.drafter.policy
     work, policy.pace = runner.counted_work
-    del policy.rest, policy._choose, policy._tally.add_undrafted, runner.rejection_sampler.forward
+    del policy.rest, policy._tally.add_undrafted, runner.rejection_sampler.forward
     return dict(work) | {name: work[name] for name in ("rejection", "might have drafted")}
 
 
