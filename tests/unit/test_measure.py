@@ -1,5 +1,6 @@
 """Costs are measured once, and again where they were measured on a busy machine."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from vllm_del.engine import measure
 from vllm_del.policy.cost import MeasuredCosts
 
 EXITS = [2, 4]
+
+measure_seconds = measure._seconds
 
 
 class Machine:
@@ -106,16 +109,19 @@ def test_a_file_of_something_else_is_measured_over(machine: Machine, tmp_path: P
 
 def table(most: int, each: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Places measured on a machine that takes `each` seconds for a token."""
-    now = 0.0
+    now, visits = 0.0, Counter()
 
-    def seconds(tokens: int) -> float:
+    def seconds(tokens: int, visit: int) -> list[float]:
         nonlocal now
         now += each * tokens
-        return tokens / 8
+        assert visit == visits[tokens]
+        visits[tokens] += 1
+        return [tokens / 8]
 
     monkeypatch.setattr(measure, "_since", lambda begin: now)
-    done, values = measure._table(measure._places(most), seconds, measure._between())
-    assert values == [place / 8 for place in done]
+    ((done, values),) = measure._tables((seconds, measure._places(most), measure._between()))
+    assert values.tolist() == [[place / 8] for place in done]
+    assert visits == dict.fromkeys(done, measure.VISITS)
     return done
 
 
@@ -127,6 +133,44 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_machine_measures_far_first_and_then_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert table(256, 0.1, monkeypatch) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32]
-    assert table(256, 0.25, monkeypatch) == [1, 2, 3, 4, 5, 8, 16]
+    assert table(256, 1 / 15, monkeypatch) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32]
+    assert table(256, 1 / 6, monkeypatch) == [1, 2, 3, 4, 5, 8, 16]
     assert table(256, 9.0, monkeypatch) == [1]
+
+
+def test_some_slow_seconds_change_no_shape(machine: Machine) -> None:
+    """While the machine is slow it is at some places of one table only, in one visit."""
+    runs = 0
+
+    def seconds(of: int, visit: int) -> list[float]:
+        nonlocal runs
+        runs += 1
+        slower = 2.0 if 7 < runs < 18 else 1.0
+        return [slower * of, 3 * slower * of]
+
+    two = measure._tables((seconds, [1, 2, 4, 8], [3]), (seconds, [1, 8], []))
+    assert [(places, times.tolist()) for places, times in two] == [
+        ([1, 2, 3, 4, 8], [[n, 3 * n] for n in (1, 2, 3, 4, 8)]),
+        ([1, 8], [[1, 3], [8, 24]]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("each", "only", "by_visit"),
+    [(9.0, 1 + 2, [1 + 1, 1]), (0.05, 1 + 5, [1 + 3, 3]), (0.001, 1 + 8, [1 + 4, 4])],
+)
+def test_how_often_a_time_is_taken(machine: Machine, each: float, only: int, by_visit: list[int]) -> None:
+    """The first time of all does not count."""
+
+    def number_of(visit: int | None) -> int:
+        times: list[float] = []
+
+        def run() -> float:
+            times.append(each if times or visit else 0.9 * each)
+            return times[-1]
+
+        assert measure_seconds(run, visit=visit) == each
+        return len(times)
+
+    assert number_of(None) == only
+    assert [number_of(visit) for visit in range(measure.VISITS)] == by_visit

@@ -37,12 +37,16 @@ REPEATS = (2, 8)
 SECONDS_EACH = 0.25
 """A time is taken so often, or for so long."""
 
+VISITS = 2
+"""Tables are gone through so often, from the first place to the last: a machine that is slower for some seconds is so
+for a part of a table, and what is wrong of its shape no clock corrects later."""
+
 BUSY = 1.5
 """Costs that are so many times too large are measured again."""
 
-LONGEST_SECONDS, BETWEEN_SECONDS = 6.0, 3.0
-"""No larger batch is tried once one table has taken this long; what is larger costs in proportion. And how much longer
-it may take for what is between those that were tried."""
+LONGEST_SECONDS, BETWEEN_SECONDS = 4.0, 2.0
+"""No larger batch is tried once the first visit of one table has taken this long; what is larger costs in proportion.
+And how much longer it may take for what is between those that were tried."""
 
 
 def costs_of(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) -> MeasuredCosts:
@@ -124,29 +128,34 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
 
     after_drafts = rehearsal.drafting(1, len(exits), near)
 
-    def head_seconds(rows: int) -> float:
-        return _seconds(lambda: rehearsal.head(rows), before=after_drafts) / rehearsal.at_once
+    def head_seconds(rows: int, visit: int) -> list[float]:
+        return [_seconds(lambda: rehearsal.head(rows), after_drafts, visit) / rehearsal.at_once]
 
-    def draft_seconds(rows: int) -> list[float]:
+    def draft_seconds(rows: int, visit: int) -> list[float]:
         """Of a draft step to the first exit, and to the last one."""
-        return [_seconds(rehearsal.drafting(rows, n, near)) / rehearsal.steps for n in (1, len(exits))]
+        return [_seconds(rehearsal.drafting(rows, n, near), visit=visit) / rehearsal.steps for n in (1, len(exits))]
 
-    head_rows, head = _table(_places(max(SHADOW_ROWS, config.max_num_seqs), factor=4), head_seconds)
-    rows, steps = _table(_places(config.max_num_seqs), draft_seconds, _between())
-    heads = np.interp(rows, head_rows, head)
-    shallow, deep = np.maximum(np.transpose(steps) - heads, np.transpose(steps) / 10)
-    step, layer = split_steps(shallow, deep, exits)
+    def verify_seconds(tokens: int, visit: int) -> list[float]:
+        return [_seconds(lambda: rehearsal.verify(tokens, each, near), visit=visit)]
+
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
-    tokens, verify = _table(_places(most), lambda n: _seconds(lambda: rehearsal.verify(n, each, near)), _between())
+    (head_rows, head), (rows, steps), (tokens, verify) = _tables(
+        (head_seconds, _places(max(SHADOW_ROWS, config.max_num_seqs), factor=4), ()),
+        (draft_seconds, _places(config.max_num_seqs), _between()),
+        (verify_seconds, _places(most), _between()),
+    )
+    heads = np.interp(rows, head_rows, head[:, 0])
+    shallow, deep = np.maximum(steps.T - heads, steps.T / 10)
+    step, layer = split_steps(shallow, deep, exits)
     measured = MeasuredCosts(
         step=step,
         rows=tuple(rows),
         layer=tuple(layer),
         head_rows=tuple(head_rows),
-        head=tuple(head),
+        head=tuple(head[:, 0].tolist()),
         tokens=tuple(tokens),
-        verify=tuple(verify),
+        verify=tuple(verify[:, 0].tolist()),
         verify_each=each,
         context=near,
     )
@@ -171,20 +180,34 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
     )
 
 
-def _table(places: Iterable[int], seconds: Callable, between: Iterable[int] = ()) -> tuple[list[int], list]:
-    """`seconds(n)` at each of the growing `places`, as far as the time for it goes, and then at those `between`."""
+def _tables(
+    # of each: what takes the times at a place in one visit, growing places, and more that are between these
+    *each: tuple[Callable[[int, int], list[float]], Iterable[int], Iterable[int]],
+) -> list[tuple[list[int], np.ndarray]]:
+    """Places, as many as the time for a table allows, and the shortest times there, [places, times]."""
+    found = [_first_visit(*of) for of in each]
+    for visit in range(1, VISITS):
+        for (seconds, *_), values in zip(each, found, strict=True):
+            for place, before in values.items():
+                values[place] = list(map(min, before, seconds(place, visit)))
+    return [(sorted(values), np.array([values[place] for place in sorted(values)])) for values in found]
+
+
+def _first_visit(
+    seconds: Callable[[int, int], list[float]], places: Iterable[int], between: Iterable[int]
+) -> dict[int, list[float]]:
+    """The times at each of the growing `places`, as far as the time for it goes, and then at those `between`."""
     values, begin = {}, time.perf_counter()
     for place in places:
-        values[place] = seconds(place)
+        values[place] = seconds(place, 0)
         if _since(begin) > LONGEST_SECONDS:
             break
     last = max(values)
     for place in between:
         if place >= last or _since(begin) > LONGEST_SECONDS + BETWEEN_SECONDS:
             break
-        values[place] = seconds(place)
-    done = sorted(values)
-    return done, [values[place] for place in done]
+        values[place] = seconds(place, 0)
+    return values
 
 
 def _since(begin: float) -> float:
@@ -214,13 +237,15 @@ def _between() -> Iterator[int]:
         place *= 2
 
 
-def _seconds(run: Callable[[], float | None], before: Callable[[], None] = lambda: None) -> float:
-    """The shortest time of `run`, after a first time that does not count: what else the machine did only adds to it.
-    The host's clock tells, unless `run` does.
+def _seconds(
+    run: Callable[[], float | None], before: Callable[[], None] = lambda: None, visit: int | None = None
+) -> float:
+    """The shortest time of `run`: what else the machine did only adds to it. The host's clock tells, unless `run` does.
 
-    As often as fits in `SECONDS_EACH`, within limits; all ranks as often as the first one. `before` is what comes
-    before it in service: run over and over, a part of a model finds its weights in the caches of a CPU, and takes half
-    as long.
+    After a first time that does not count, if this is the only visit or the first one, `visit` 0. As often as fits in
+    `SECONDS_EACH`, within limits; in each of several visits a part of that; all ranks as often as the first one.
+    `before` is what comes before it in service: run over and over, a part of a model finds its weights in the caches
+    of a CPU, and takes half as long.
     """
 
     def timed() -> float:
@@ -231,7 +256,12 @@ def _seconds(run: Callable[[], float | None], before: Callable[[], None] = lambd
 
     first = get_tp_group().broadcast_object(timed(), src=0)
     fewest, most = REPEATS
-    return min(timed() for _ in range(max(fewest, min(most, int(SECONDS_EACH / max(first, 1e-9))))))
+    number = max(fewest, min(most, int(SECONDS_EACH / max(first, 1e-9))))
+    if visit is not None:
+        number = -(-number // VISITS)
+    if visit:
+        return min([first, *(timed() for _ in range(number - 1))])
+    return min(timed() for _ in range(number))
 
 
 def _path(vllm_config: VllmConfig, head: str) -> Path:
