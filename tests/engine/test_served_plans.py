@@ -1,0 +1,87 @@
+"""A plan that serves many rounds, while sequences come and go under it.
+
+With made-up costs, beside which planning takes nothing, every other test on an engine plans in every round.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine import host as engines
+from tests.engine.checkpoints import checkpoint
+from tests.engine.host import Arrival, Host
+from tests.engine.test_drafts import drafter_of
+from vllm_del.draft.clock import Pace
+from vllm_del.draft.loop import Plan
+
+SPEC = {"method": "del", "del_exit_layers": [1, 3], "num_speculative_tokens": 3}
+# So few blocks that sequences are preempted, and chunks of prompts beside decoding rows.
+ENGINE = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 48}
+GREEDY = {"temperature": 0, "ignore_eos": True}
+UNWILLING = {"extra_args": {"del": {"enabled": False}}}
+
+pytestmark = pytest.mark.engine
+
+
+def test_sequences_come_and_go_under_a_plan(host: Host, checkpoints: Path) -> None:
+    """The output is the same, who wants no drafts makes none, and drafting goes on."""
+    model = checkpoint(checkpoints, "llama")
+    arrivals = [
+        Arrival(
+            prompt=[(5 * i + j) % 150 + 5 for j in range(90 if i % 3 == 2 else 12)],
+            sampling=GREEDY | {"max_tokens": 30 + 7 * (i % 5)} | (UNWILLING if i % 4 == 1 else {}),
+            step=4 * i,
+            abort_at=4 * i + 9 if i == 5 else None,
+        )
+        for i in range(14)
+    ]
+    off = host.serve(model, arrivals, None, **ENGINE)
+    host.call(_plan_rarely, model)
+    try:
+        on = host.serve(model, arrivals, SPEC, **ENGINE)
+    finally:
+        work = host.call(_as_before, model)
+    aborted = 5
+    assert [c for i, c in enumerate(on.completions) if i != aborted] == [
+        c for i, c in enumerate(off.completions) if i != aborted
+    ]
+    assert on.preemptions > 0
+    assert work["rounds"] > 2 * work["plans"] > 0
+    assert work["of the unwilling"] == 0
+    assert work["unwilling"] > 0
+    assert on.accepted > 0
+
+
+def _policy(model: str) -> Any:
+    return drafter_of(engines._engine(model, SPEC, ENGINE)).policy
+
+
+def _plan_rarely(model: str) -> None:
+    """In the engine's process: plans are as dear as can be, and what rows that want no drafts make is counted."""
+    policy = _policy(model)
+    work = policy.counted_work = Counter()
+    policy.usual_pace, policy.pace = policy.pace, Pace(1e6, policy.planner.costs, learns=False)
+    choose, plan = policy._choose, policy.plan
+
+    def chosen(*args: Any) -> Any:
+        work["plans"] += 1
+        return choose(*args)
+
+    def planned(slots: torch.Tensor, wished: torch.Tensor, *args: Any) -> Plan:
+        of_round = plan(slots, wished, *args)
+        work["rounds"] += 1
+        work["unwilling"] += int((wished == 0).sum())
+        work["of the unwilling"] += int(of_round.length[wished == 0].sum())
+        return of_round
+
+    policy._choose, policy.plan = chosen, planned
+
+
+def _as_before(model: str) -> dict[str, int]:
+    policy = _policy(model)
+    policy.pace = policy.usual_pace
+    del policy._choose, policy.plan
+    return {name: policy.counted_work[name] for name in ("plans", "rounds", "unwilling", "of the unwilling")}
