@@ -111,9 +111,25 @@ def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, to
     decision = settled(planner, torch.tensor(acceptance), torch.tensor(limit), torch.tensor(context))
     plan = list(zip(decision.exit.tolist(), decision.length.tolist(), strict=True))
     assert all(length <= most for (_, length), most in zip(plan, limit, strict=True))
-    reached = goodput(tables, acceptance, plan, context)
+    reached, best = goodput(tables, acceptance, plan, context), best_goodput(tables, acceptance, limit, context)
     assert reached == pytest.approx(float(decision.tokens / (decision.draft_time + decision.verify_time)))
-    assert reached >= best_goodput(tables, acceptance, limit, context) * (1 - HYSTERESIS - CAUTION - 0.02)
+    assert reached >= best * (1 - HYSTERESIS - CAUTION - 0.02)
+    for exit, could_win in enumerate(decision.could_win.tolist()):
+        always = [[1.0 if place == exit else rate for place, rate in enumerate(of_row)] for of_row in acceptance]
+        at_most = best_goodput(tables, always, limit, context)
+        # What hysteresis leaves may be had in both.
+        assert at_most <= best * (1 + HYSTERESIS + CAUTION + 0.03) or could_win
+        assert at_most > best * (1 - 1e-9) or not could_win
+
+
+def test_an_exit_that_costs_more_than_it_may_bring_could_not_win() -> None:
+    """Of one that is nearly always right: the next one cannot be better. Of none, both."""
+    tables = costs(layer=1.0, layer_row=0.0, head=1.0, token=0.5)
+    planner, limit = Planner(torch.tensor(DEPTHS), tables, LENGTH), torch.full((2,), LENGTH)
+    assert settled(planner, torch.tensor([[0.97, 0.97]] * 2), limit).could_win.tolist() == [True, False]
+    assert settled(planner, torch.tensor([[0.05, 0.05]] * 2), limit).could_win.tolist() == [True, True]
+    dear = Planner(torch.tensor(DEPTHS), costs(layer=9.0, layer_row=0.0, head=1.0, token=0.5), LENGTH)
+    assert settled(dear, torch.tensor([[0.05, 0.05]] * 2), limit).could_win.tolist() == [False, False]
 
 
 @given(acceptance=st.lists(rates, min_size=1, max_size=ROWS), layer=st.floats(0.2, 2.0), other=rates)

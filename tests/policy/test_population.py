@@ -90,6 +90,17 @@ def test_what_was_learnt_stays_while_nothing_is_seen() -> None:
     assert strength(population) == pytest.approx(before)
 
 
+def test_a_mean_is_worth_no_more_than_what_was_seen_of_it() -> None:
+    """An exit that was never asked would else be taken for one of even odds, with the strength of all others."""
+    population = Population(2, torch.device("cpu"))
+    seen = torch.tensor([[9.0, 1.0], [0.0, 0.0]], dtype=torch.float64).expand(1, 4, 2, 2)
+    population.observe(seen, seen[0])
+    matches, total = population.estimate(torch.zeros(1, 2, 2, dtype=torch.float64))
+    assert total[0, 0] > 10
+    assert matches[0].tolist() == pytest.approx([0.9 * float(total[0, 0]), 0.5], rel=0.02)
+    assert float(total[0, 1]) == 1.0
+
+
 def test_fading() -> None:
     scored = torch.tensor([[True, False], [False, False], [True, False]])
     kept, weight = fading(scored, MEMORY)

@@ -81,6 +81,11 @@ class DynamicPolicy:
         self._choice: Choice | None = None
         # What observing took for the plan that is to be made, seconds
         self._observing = 0.0
+        # Whether exits that no plan needs are left unasked; by the last plan, which they are not, [exits] bool, and
+        # whether a sequence that comes will draft, as far as the host knows
+        self.selective = True
+        self._could_win: torch.Tensor | None = None
+        self._strangers_draft = False
         self._bounds = Late((len(exits) - 1, max_length))
         # Whether the last round drafted, as far as the host knows
         self._drafts = True
@@ -163,8 +168,11 @@ class DynamicPolicy:
         # [rows, positions] bool
         kept: torch.Tensor,
     ) -> None:
-        """Ask exits that did not draft what they would have said, as far as the budget goes."""
+        """Ask exits that did not draft what they would have said, as far as the budget goes. None that could not win
+        however right it is, and none of a row that drafts there, whose drafts tell."""
         wanted = kept.unsqueeze(-1) & ~scored
+        if self.selective and self._could_win is not None:
+            wanted &= self._could_win & ~scored.any(1, keepdim=True)
         number = self.shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), wanted.numel())
         if not number:
             return
@@ -184,10 +192,20 @@ class DynamicPolicy:
         scored.view(-1)[places] |= new
 
     def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
-        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
+        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt.
+
+        Not where sequences are so alike that all of a prompt tells less than the others do, and drafts will tell.
+        """
+        selective = self.selective and self._on_host and self._could_win is not None
+        if selective and self._strangers_draft and self.statistics.population.strength > PROMPT_POSITIONS:
+            return
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
         back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
-        each = len(self._depths)
+        exits = torch.arange(len(self._depths), device=slots.device)
+        if selective:
+            exits = exits[self._could_win]
+        if not (each := len(exits)):
+            return
         number = self.shadow.affordable(len(row) * each, len(row) * each) // each
         if not number:
             return
@@ -195,17 +213,17 @@ class DynamicPolicy:
         row, back = row[chosen], back[chosen]
         at = verified.start[row] - back
         target = self.shadow.target_tokens(verified.states[-1][at])
-        exit = torch.arange(each, device=slots.device).repeat(number)
+        exit = exits.repeat(number)
         pairs = at.repeat_interleave(each), exit, target.repeat_interleave(each)
         agrees, probability = self.shadow.score(verified.states, *pairs)
         # [rows, positions, exits]
-        shape = (len(slots), PROMPT_POSITIONS, each)
+        shape = (len(slots), PROMPT_POSITIONS, len(self._depths))
         matched = torch.zeros(shape, dtype=torch.bool, device=slots.device)
         scored, confidence = torch.zeros_like(matched), torch.zeros(shape, device=slots.device)
-        matched[row, back - 1] = agrees.view(number, each)
-        confidence[row, back - 1] = probability.view(number, each)
+        where = row.repeat_interleave(each), back.repeat_interleave(each) - 1, exit
+        matched[where], confidence[where] = agrees, probability
         # Of tensors on the device: a plain `True` would be copied there, and the host would wait.
-        scored[row, back - 1] = torch.ones_like(agrees).view(number, each)
+        scored[where] = torch.ones_like(agrees)
         # A round of its own, before those of the drafts.
         self.statistics.observe(slots, *(values.unsqueeze(0) for values in (matched, confidence, scored)))
 
@@ -263,6 +281,7 @@ class DynamicPolicy:
         acceptance = self.statistics.estimate(known)
         context = torch.cat((context, context.amin().unsqueeze(0)))
         decision = self.planner.plan(acceptance, longest, context, beside=1)
+        self._could_win, self._strangers_draft = decision.could_win, self._on_host and bool(decision.length[-1])
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         offset, slope = map(_and_mean, self.statistics.by_confidence(slots))

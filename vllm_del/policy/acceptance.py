@@ -30,7 +30,7 @@ class AcceptanceStatistics:
         self._confidence = torch.zeros_like(self._counts)
         # [slots, exits]: of the squares of confidence
         self._squares = torch.zeros(num_slots, num_exits, dtype=torch.float64, device=device)
-        self._population = Population(num_exits, device)
+        self.population = Population(num_exits, device)
 
     def reset(
         self,
@@ -67,7 +67,7 @@ class AcceptanceStatistics:
         in_round = scored.any(2)
         kept, weight = fading(in_round, self.decay)
         before = self._counts[slots]
-        self._population.observe(counts.double(), before)
+        self.population.observe(counts.double(), before)
         self._counts[slots] = before * kept.unsqueeze(-1) + (counts * weight.unsqueeze(-1)).sum(0)
         self._confidence[slots] = self._confidence[slots] * kept.unsqueeze(-1) + (sums * weight.unsqueeze(-1)).sum(0)
         self._squares[slots] = self._squares[slots] * kept + (seen.square().sum(2) * weight).sum(0)
@@ -99,7 +99,7 @@ class AcceptanceStatistics:
         exits go: a deeper one agrees with the target no less, and what says otherwise is noise (isotonic regression, by
         the counts).
         """
-        return rising(*self._population.estimate(self._counts[slots]))
+        return rising(*self.population.estimate(self._counts[slots]))
 
     def stop_below(
         self,

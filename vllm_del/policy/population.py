@@ -31,7 +31,8 @@ class Population:
         self._strengths = torch.tensor(STRENGTHS, dtype=torch.float64, device=device).view(-1, 1, 1)
         # [strengths]: the logarithmic loss of what each one foretold
         self._loss = (self._strengths.flatten() / FIRST).log2().abs()
-        self._strength = self._likely()
+        # scalar: how many observations the common mean is worth
+        self.strength = self._likely()
 
     def observe(
         self,
@@ -47,7 +48,7 @@ class Population:
         in_round = seen.sum(1)
         rounds = (in_round.sum((1, 2)) > 0).sum()
         self._loss.mul_(MEMORY**rounds).sub_((logs * seen.sum(0)).sum((1, 2, 3)))
-        self._strength = self._likely()
+        self.strength = self._likely()
         kept, weight = fading(in_round.sum(-1) > 0, MEMORY)
         self.counts.mul_(kept.unsqueeze(-1)).add_((in_round * weight.unsqueeze(-1)).sum(0))
 
@@ -57,15 +58,17 @@ class Population:
         counts: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A sequence's own matches, with the common mean for as many as it is worth, and the number of both."""
-        return self._blend(counts, self._strength)
+        return self._blend(counts, self.strength)
 
     def _likely(self) -> torch.Tensor:
         """The geometric mean of the strengths, by how likely each one made what was seen."""
         return (torch.softmax(-self._loss, 0) @ self._strengths.flatten().log()).exp()
 
     def _blend(self, counts: torch.Tensor, strength: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.counts[:, 0] / self.counts.sum(-1)
-        return counts[..., 0] + strength * mean, counts.sum(-1) + strength
+        seen = self.counts.sum(-1)
+        # The mean of an exit that was hardly asked is worth no more than what was seen of it.
+        worth = torch.minimum(seen, strength)
+        return counts[..., 0] + worth * self.counts[:, 0] / seen, counts.sum(-1) + worth
 
 
 def fading(

@@ -1,0 +1,45 @@
+"""Exits are asked where an answer may change a plan: in virtual time, by what the policy asks while it serves."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.draft.test_goodput import CPU_1B, LONGEST
+from tests.draft.virtual_server import VirtualServer, texts
+
+PLACES = 4
+
+
+def asked(kind: str, selective: bool = True) -> tuple[Counter[int], float]:
+    """How often each exit was asked, and tokens a second."""
+    server = VirtualServer(CPU_1B.costs, CPU_1B.depths, LONGEST, CPU_1B.planning)
+    policy, counted = server.dynamic(), Counter[int]()
+    policy.selective = selective
+    score = policy.shadow.score
+
+    def counting(states: Any, at: Any, exit: Any, target: Any) -> Any:
+        counted.update(exit.tolist())
+        return score(states, at, exit, target)
+
+    policy.shadow.score = counting  # type: ignore[method-assign]
+    for seed in (1, 2):  # it has met the work before
+        counted.clear()
+        rate = server.rate(texts(kind, CPU_1B.easy, CPU_1B.hard, 6 * PLACES, seed), PLACES, policy)
+    return counted, rate
+
+
+def test_nobody_is_asked_where_no_answer_changes_a_plan() -> None:
+    """Of easy texts the first exit is right 92 times of 100. Those that take longer cannot be worth it, and what it
+    is worth itself its drafts tell."""
+    (all_of_them, before), (some, rate) = asked("easy", selective=False), asked("easy")
+    assert set(all_of_them) == {0, 1, 2}
+    assert sum(some.values()) < 0.1 * sum(all_of_them.values())
+    assert rate > before
+
+
+@pytest.mark.parametrize("kind", ["hard", "mixed"])
+def test_exits_that_could_win_are_asked(kind: str) -> None:
+    """Where texts differ, or nothing is drafted, prompts and later tokens tell."""
+    found, _ = asked(kind)
+    assert found[0] > 30
