@@ -145,8 +145,7 @@ def show(result: Profile, predictions: list[Prediction], configuration: dict | N
     )
     if of != Correction():
         out.print(
-            f"By the clock, while decoding: verification takes {of.verify:.2f} of that, what drafts add to it "
-            f"{of.verify * of.token:.2f}, a draft step {of.draft:.2f}; "
+            f"By the clock, while decoding: verification takes {of.verify:.2f} of that, a draft step {of.draft:.2f}; "
             f"beside them a round takes {of.overhead * 1e3:.2f} ms, and a draft step {of.step * 1e3:.2f} ms."
         )
     out.print()

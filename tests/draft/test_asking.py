@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
-from tests.draft.test_goodput import CPU_1B, LONGEST
+from tests.draft.test_goodput import CPU_1B, CPU_1B_BF16, LONGEST
 from tests.draft.virtual_server import VirtualServer, texts
 
 PLACES = 4
@@ -15,7 +16,7 @@ def asked(kind: str, selective: bool = True) -> tuple[Counter[int], float]:
     """How often each exit was asked, and tokens a second."""
     server = VirtualServer(CPU_1B.costs, CPU_1B.depths, LONGEST, CPU_1B.planning)
     policy, counted = server.dynamic(), Counter[int]()
-    policy.selective = selective
+    policy.asks_all = not selective
     score = policy.shadow.score
 
     def counting(states: Any, at: Any, exit: Any, target: Any) -> Any:
@@ -43,3 +44,19 @@ def test_exits_that_could_win_are_asked(kind: str) -> None:
     """Where texts differ, or nothing is drafted, prompts and later tokens tell."""
     found, _ = asked(kind)
     assert found[0] > 30
+
+
+@pytest.mark.parametrize("places", [1, 4])
+def test_what_is_known_of_exits_that_are_not_asked_does_not_go_stale(places: int) -> None:
+    """After hard texts come easy ones. What deep exits said of the hard ones must not make the first one look lucky."""
+    machine, estimates = CPU_1B_BF16, []
+    for asks_all in (True, False):
+        server = VirtualServer(machine.costs, machine.depths, LONGEST, machine.planning)
+        policy = server.dynamic()
+        policy.asks_all = asks_all
+        for kind, number in (("hard", 15), ("easy", 30)):
+            server.rate(texts(kind, machine.easy, machine.hard, number * places, 3), places, policy)
+        # Of a sequence of which nothing is known
+        estimates.append(float(policy.statistics.estimate(torch.tensor([policy.num_slots]))[0, 0]))
+    assert estimates[1] > estimates[0] - 0.02
+    assert estimates[1] == pytest.approx(machine.easy[0], abs=0.06)

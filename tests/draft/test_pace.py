@@ -116,7 +116,7 @@ def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
 
     def serve(may_rest: bool) -> tuple[list[int], list[bool], list[float]]:
         mine, planned, rested = policy("goodput"), [], []
-        mine._on_host = True
+        mine.on_host = True
         costs = mine.planner.costs  # type: ignore[union-attr]
         mine.pace = Pace(2.9 * IDLE_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
         mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.01).double()  # type: ignore[method-assign]
@@ -141,7 +141,7 @@ def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
 
 def test_a_plan_of_drafts_is_not_passed_over() -> None:
     mine, slots = policy("goodput"), torch.tensor([3, 1, 0, 7])
-    mine._on_host = True
+    mine.on_host = True
     mine.pace = Pace(100.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
     mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.99).double()  # type: ignore[method-assign]
     for _ in range(12):
@@ -156,7 +156,7 @@ def test_a_plan_of_drafts_is_not_passed_over() -> None:
 def test_what_there_is_room_for_is_new_each_round() -> None:
     mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
     mine.pace = Pace(1.0, policy("goodput").planner.costs, learns=False)  # type: ignore[union-attr]
-    mine._on_host, wished = True, torch.tensor([LENGTH, LENGTH, 0, LENGTH])
+    mine.on_host, wished = True, torch.tensor([LENGTH, LENGTH, 0, LENGTH])
     for most in (0, LENGTH, 1, 2):
         mine.observe(slots, verified())
         plan = mine.plan(slots, wished, torch.full((ROWS,), most), torch.zeros(ROWS))

@@ -68,8 +68,7 @@ class Machine:
         seconds = self.truth.draft * (DRAFTING if steps else 0.0) + self.truth.step * len(steps)
         self.scored += self.scoring
         stopwatch.drafted(SLOTS, Launched(steps, seconds), self.scored)
-        verification = ALONE + (self.truth.token * (WITH_DRAFTS - ALONE) if steps else 0.0)
-        self.now += seconds + self.scoring + self.truth.verify * verification + self.truth.overhead
+        self.now += seconds + self.scoring + self.truth.verify * (WITH_DRAFTS if steps else ALONE) + self.truth.overhead
         return stopwatch.verified(SLOTS, ROWS + ROWS * len(steps), CONTEXTS, only_decodes)
 
 
@@ -214,42 +213,6 @@ def test_steps_to_several_exits_are_forgotten_as_those_to_one(monkeypatch: pytes
     assert [of.draft * tabled + of.step for tabled in seconds] == pytest.approx(seconds, rel=0.1)
 
 
-@pytest.mark.parametrize("token", [0.6, 1.0, 2.0])
-@pytest.mark.parametrize("verify", [0.8, 1.3])
-def test_many_drafts_and_few_tell_what_each_adds_to_a_verification(
-    monkeypatch: pytest.MonkeyPatch, verify: float, token: float
-) -> None:
-    """Memory that is faster than when it was measured makes few tokens cheaper, and not what many have to compute."""
-    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
-    monkeypatch.setattr(clock, "USUAL_OVERHEAD", 1e-9)
-    monkeypatch.setattr(clock, "NOISE", 0.01)
-    seconds = {}
-    for place in range(2 * LAST):
-        tokens = ROWS + (16 if place % 3 else 4)
-        alone, of_drafts = COSTS.round_seconds(ROWS, tokens, CONTEXTS)
-        seconds[tokens] = verify * (alone + token * of_drafts)
-        stopwatch.drafted(SLOTS, Launched(STEPS, DRAFTING), 0.0)
-        # Some rounds take longer, whatever was drafted.
-        machine.now += DRAFTING + seconds[tokens] * (1.5 if place % 7 == 0 else 1.0)
-        stopwatch.verified(SLOTS, tokens, CONTEXTS, True)
-    of = COSTS.correction
-    assert of.token == pytest.approx(token, rel=0.1)
-    assert of.verify == pytest.approx(verify, rel=0.03)
-    for tokens, took in seconds.items():
-        alone, of_drafts = COSTS.round_seconds(ROWS, tokens, CONTEXTS)
-        assert of.verify * (alone + of.token * of_drafts) + of.overhead == pytest.approx(took, rel=0.02)
-
-
-def test_verifications_of_as_many_drafts_tell_nothing_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the machine is slower in all it does."""
-    machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
-    machine.truth = Correction(1.0, 1.0, token=2.0)
-    for _ in range(1 + LAST):
-        machine.round(stopwatch, STEPS)
-    assert COSTS.correction.token == 1.0
-    assert COSTS.correction.verify > 1.1
-
-
 def test_tables_are_corrected_every_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """By all the rounds since."""
     machine, stopwatch = Machine(monkeypatch), Stopwatch(COSTS, DEPTHS, learns=True)
@@ -351,8 +314,7 @@ def test_drafts_stop_on_a_machine_where_they_do_not_pay_and_begin_again(monkeypa
             policy.record(SLOTS, plan, Drafts(tokens, torch.ones(ROWS, LENGTH)), Launched(steps, seconds))
             outcome = verified()
             outcome.num_tokens, outcome.contexts = ROWS * (1 + len(steps)), CONTEXTS
-            alone, of_drafts = COSTS.round_seconds(ROWS, outcome.num_tokens, CONTEXTS)
-            tabled = alone + machine.truth.token * of_drafts
+            tabled = COSTS.round_seconds(ROWS, outcome.num_tokens, CONTEXTS)
             machine.now += seconds + machine.truth.verify * tabled + machine.truth.overhead
             policy.observe(SLOTS, outcome)
         return drafting / rounds

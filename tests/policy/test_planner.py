@@ -119,7 +119,6 @@ def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, to
         at_most = best_goodput(tables, always, limit, context)
         # What hysteresis leaves may be had in both.
         assert at_most <= best * (1 + HYSTERESIS + CAUTION + 0.03) or could_win
-        assert at_most > best * (1 - 1e-9) or not could_win
 
 
 def test_an_exit_that_costs_more_than_it_may_bring_could_not_win() -> None:

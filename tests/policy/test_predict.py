@@ -27,14 +27,11 @@ def test_one_sequence() -> None:
     assert found.speed_up == pytest.approx(found.best * 16)
 
 
-@pytest.mark.parametrize("token", [1.0, 30.0])
-def test_what_the_clock_says_of_the_costs(token: float) -> None:
+def test_what_the_clock_says_of_the_costs() -> None:
     """A round takes a second beside twice its verification, and drafts take thrice what is tabled."""
-    correction = Correction(3.0, 2.0, 1.0, 0.5, token)
-    found = predict(COSTS, [3], [0.9], 6, batch=1, context=100, correction=correction)
+    found = predict(COSTS, [3], [0.9], 6, batch=1, context=100, correction=Correction(3.0, 2.0, 1.0, 0.5))
     goodput = {
-        d: sum(0.9**k for k in range(d + 1)) / (2 * (16.0 + token * 16 / 63 * d) + 1 + d * (3 * 4 + 0.5))
-        for d in range(7)
+        d: sum(0.9**k for k in range(d + 1)) / (2 * (16.0 + 16 / 63 * d) + 1 + d * (3 * 4 + 0.5)) for d in range(7)
     }
     assert found.without == pytest.approx(1 / 33)
     assert goodput[found.length] == pytest.approx(max(goodput.values()), rel=0.01)

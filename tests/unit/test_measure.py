@@ -139,13 +139,13 @@ def test_a_slow_machine_measures_far_first_and_then_what_is_between(monkeypatch:
 
 
 def test_some_slow_seconds_change_no_shape(machine: Machine) -> None:
-    """While the machine is slow it is at some places of one table only, in one visit."""
+    """They are at some places only, in one visit."""
     runs = 0
 
     def seconds(of: int, visit: int) -> list[float]:
         nonlocal runs
         runs += 1
-        slower = 2.0 if 7 < runs < 18 else 1.0
+        slower = 2.0 if 3 < runs < 9 else 1.0
         return [slower * of, 3 * slower * of]
 
     two = measure._tables((seconds, [1, 2, 4, 8], [3]), (seconds, [1, 8], []))

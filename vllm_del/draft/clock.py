@@ -17,14 +17,14 @@ LAST, AS_TABLED = 31, 5
 drafts as fast as verification."""
 
 USUAL_FACTOR, USUAL_OVERHEAD, USUAL_STEP_OVERHEAD = 0.2, 0.001, 0.0005
-"""How far verification, what drafts add to it, and draft steps usually are from their tables, in proportion, and what a
-round and a step take beside these, in seconds: so the milliseconds that a small model takes longer are mostly overhead,
-whatever the exit, and those of a large one mostly in proportion.
+"""How far verification and draft steps usually are from their tables, in proportion, and what a round and a step take
+beside these, in seconds: so the milliseconds that a small model takes longer are mostly overhead, whatever the exit,
+and those of a large one mostly in proportion.
 """
 
 NOISE, LEAST_FACTOR = 0.05, 0.2
-"""By what share of it the time of a step, or of a verification, varies from round to round; and the least that drafts
-may take, in proportion to verification."""
+"""By what share of it a step's time varies from round to round; and the least that drafts may take, in proportion to
+verification."""
 
 RELEARN = 4
 """After so many rounds each the tables are corrected: medians of many rounds change slowly, and take their time."""
@@ -75,11 +75,9 @@ class Stopwatch:
         # Of the last rounds that drafted: what a draft step took and what the tables say of it; None counts as a round
         # in which drafts were as fast as verification
         self._draft_steps: deque[tuple[float, float] | None] = deque([None] * AS_TABLED, maxlen=LAST)
-        # Of the last rounds: what all else took, and what the tables say of a verification without drafts and of what
-        # these add to it; None counts as a round that was as the tables say
-        self._rounds: deque[tuple[float, float, float] | None] = deque([None] * AS_TABLED, maxlen=LAST)
-        # The same of rounds that drafted, and of some others
-        self._drafted_rounds: deque[tuple[float, float, float]] = deque(maxlen=LAST)
+        # Of the last rounds: what the tables say of all else, and what it took beyond that
+        self._tables: deque[float] = deque(maxlen=LAST)
+        self._beyond = deque([0.0] * AS_TABLED, maxlen=LAST)
 
     def pause(self) -> None:
         """The next verification ends no round: something else comes between."""
@@ -109,38 +107,27 @@ class Stopwatch:
         self._contexts, self._only_decodes = contexts, only_decodes
         if not same or not before:
             return None
-        of, (alone, of_drafts) = self._costs.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
-        verification = of.verify * (alone + of.token * of_drafts) + of.overhead
-        expected = of.draft * self._tabled + of.step * self._steps + verification
+        of, tabled = self._costs.correction, self._costs.round_seconds(len(slots), num_tokens, contexts)
+        expected = of.draft * self._tabled + of.step * self._steps + of.verify * tabled + of.overhead
         if self.learns:
-            self._learn((now - begun - self._drafted - self._scoring, alone, of_drafts))
+            self._learn(now - begun - self._drafted - self._scoring, tabled)
         return expected, now - begun
 
-    def _learn(self, of_round: tuple[float, float, float]) -> None:
-        """From what all of a round but draft steps and scoring took, and what the tables say of it: both parts."""
-        self._rounds.append(of_round)
+    def _learn(self, rest: float, tabled: float) -> None:
+        """From a round of which all but draft steps and scoring took `rest` seconds."""
+        self._tables.append(tabled)
+        self._beyond.append(rest - tabled)
         self._undrafted = 0 if self._steps else self._undrafted + 1
-        counts = self._steps or self._undrafted % AGAIN == 0
-        if counts:
-            self._drafted_rounds.append(of_round)
-            self._draft_steps.append((self._drafted / self._steps, self._tabled / self._steps) if self._steps else None)
+        if self._steps:
+            self._draft_steps.append((self._drafted / self._steps, self._tabled / self._steps))
+        elif self._undrafted % AGAIN == 0:
+            self._draft_steps.append(None)
         self._rounds_seen += 1
         if self._rounds_seen % RELEARN == 0:
-            self._learn_of_verification()
+            of = self._costs.correction
+            excess, of.overhead = _shared_out(median(self._beyond), median(self._tables), USUAL_OVERHEAD)
+            of.verify = 1 + excess
             self._learn_of_drafts()
-
-    def _learn_of_verification(self) -> None:
-        of = self._costs.correction
-        # By how fast the machine was so far: what rounds with many drafts take beyond those with few is theirs.
-        beyond = [(rest / of.verify - alone - more, more) for rest, alone, more in self._drafted_rounds]
-        if beyond:
-            squares, products = _slope(beyond, median(alone + more for _, alone, more in self._drafted_rounds))
-            of.token = 1 + max(products / (squares + 1 / USUAL_FACTOR**2), LEAST_FACTOR - 1)
-        rounds = [(rest, alone + of.token * more) for rest, alone, more in filter(None, self._rounds)]
-        as_tabled = [0.0] * (len(self._rounds) - len(rounds))
-        over = median([rest - tabled for rest, tabled in rounds] + as_tabled)
-        excess, of.overhead = _shared_out(over, median(tabled for _, tabled in rounds), USUAL_OVERHEAD)
-        of.verify = 1 + excess
 
     def _learn_of_drafts(self) -> None:
         # A machine that is slower is so in all it does: beyond that is what drafts take more than verification.
@@ -175,22 +162,21 @@ def _shared_out(
     return (max(excess, least), overhead) if overhead > 0 else (beyond / table, 0.0)
 
 
-def _slope(pairs: Sequence[tuple[float, float]], table: float) -> tuple[float, float]:
-    """What short and long ones say of the slope of what is beyond their tables: two sums of least squares.
+def _slope(steps: Sequence[tuple[float, float]], table: float) -> tuple[float, float]:
+    """What short and long draft steps say of the slope of what is beyond their tables: two sums of least squares.
 
-    `pairs` are of what is beyond and what is tabled, and `table` is what the tables mostly say of all that was timed.
-    The medians of both halves count. Steps to one exit say next to nothing, those to several tell what goes by the
-    layer from what each step takes; so do verifications of many drafts and of few what goes by the draft.
+    `steps` are pairs of these, and `table` is what the tables mostly say. The medians of both halves count. Steps to
+    one exit say next to nothing; those to several tell what goes by the layer from what each step takes.
     """
-    half = len(pairs) // 2
+    half = len(steps) // 2
     if not half:
         return 0.0, 0.0
-    ordered = sorted(pairs, key=lambda pair: pair[1])
+    ordered = sorted(steps, key=lambda step: step[1])
     (less, short), (more, long) = (
         (median(beyond for beyond, _ in part), median(tabled for _, tabled in part))
         for part in (ordered[:half], ordered[half:])
     )
-    weight = half * (len(pairs) - half) / len(pairs) / (NOISE * table) ** 2
+    weight = half * (len(steps) - half) / len(steps) / (NOISE * table) ** 2
     return weight * (long - short) ** 2, weight * (long - short) * (more - less)
 
 

@@ -63,7 +63,7 @@ class DynamicPolicy:
         self.statistics = AcceptanceStatistics(num_slots + 1, len(exits), device)
         self.shadow = shadow
         self.planner = planner
-        self._on_host = on_host
+        self.on_host = on_host
         self.stopwatch = stopwatch
         self._num_layers = num_layers
         self.max_length = max_length
@@ -81,10 +81,10 @@ class DynamicPolicy:
         self._choice: Choice | None = None
         # What observing took for the plan that is to be made, seconds
         self._observing = 0.0
-        # Whether exits that no plan needs are left unasked; by the last plan, which they are not, [exits] bool, and
-        # whether a sequence that comes will draft, as far as the host knows
-        self.selective = True
-        self._could_win: torch.Tensor | None = None
+        # Exits that no plan needs are left unasked, where the host knows them, unless this is set.
+        self.asks_all = not on_host
+        # By the last plan: which exits are asked, [exits] bool, and whether a sequence that comes will draft
+        self._could_win = torch.ones(len(exits), dtype=torch.bool, device=device)
         self._strangers_draft = False
         self._bounds = Late((len(exits) - 1, max_length))
         # Whether the last round drafted, as far as the host knows
@@ -95,7 +95,7 @@ class DynamicPolicy:
         if not self._tally.is_due:
             return None
         values = self._tally.flush()
-        known = values.tolist() if self._on_host else self._late_counts.exchange(values)[0]
+        known = values.tolist() if self.on_host else self._late_counts.exchange(values)[0]
         return self._tally.counts(known) if known else None
 
     def observe(self, slots: torch.Tensor, verified: Verified) -> None:
@@ -168,12 +168,14 @@ class DynamicPolicy:
         # [rows, positions] bool
         kept: torch.Tensor,
     ) -> None:
-        """Ask exits that did not draft what they would have said, as far as the budget goes. None that could not win
-        however right it is, and none of a row that drafts there, whose drafts tell."""
+        """Ask exits that did not draft what they would have said, as far as the budget goes."""
         wanted = kept.unsqueeze(-1) & ~scored
-        if self.selective and self._could_win is not None:
-            wanted &= self._could_win & ~scored.any(1, keepdim=True)
-        number = self.shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), wanted.numel())
+        if not self.asks_all:
+            wanted &= self._could_win
+            if self._drafts_tell():
+                # What the exit says after a draft of its own adds little to that.
+                wanted &= ~scored.any(1, keepdim=True)
+        number = self.shadow.affordable(int(wanted.sum()) if self.on_host else wanted.numel(), wanted.numel())
         if not number:
             return
         places = self.shadow.choose(wanted, number)
@@ -191,18 +193,19 @@ class DynamicPolicy:
         confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
         scored.view(-1)[places] |= new
 
-    def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
-        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt.
+    def _drafts_tell(self) -> bool:
+        """Whether sequences are so alike that what others drafted tells more of a new one than all of its prompt, and
+        it will draft too. To be asked where the host sees the device's values."""
+        return self._strangers_draft and bool(self.statistics.population.strength > PROMPT_POSITIONS)
 
-        Not where sequences are so alike that all of a prompt tells less than the others do, and drafts will tell.
-        """
-        selective = self.selective and self._on_host and self._could_win is not None
-        if selective and self._strangers_draft and self.statistics.population.strength > PROMPT_POSITIONS:
+    def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
+        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
+        if not self.asks_all and self._drafts_tell():
             return
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
         back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
         exits = torch.arange(len(self._depths), device=slots.device)
-        if selective:
+        if not self.asks_all:
             exits = exits[self._could_win]
         if not (each := len(exits)):
             return
@@ -246,7 +249,7 @@ class DynamicPolicy:
         choice = self._choice
         exit, length = choice.exit[:-1], torch.minimum(choice.length[:-1], limit)
         together, alike = choice.together, False
-        if self._on_host:
+        if self.on_host:
             deepest, longest = int((exit * (length > 0)).max()), int(length.max())
             # Where rows that draft nothing leave is of no account.
             together, alike = together and together.begin(len(slots)), bool(((exit == deepest) | (length == 0)).all())
@@ -281,14 +284,17 @@ class DynamicPolicy:
         acceptance = self.statistics.estimate(known)
         context = torch.cat((context, context.amin().unsqueeze(0)))
         decision = self.planner.plan(acceptance, longest, context, beside=1)
-        self._could_win, self._strangers_draft = decision.could_win, self._on_host and bool(decision.length[-1])
+        if not self.asks_all and wished.any():
+            self._could_win, self._strangers_draft = decision.could_win, bool(decision.length[-1])
+            if not self._could_win.all():
+                self.statistics.fade(~self._could_win)
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         offset, slope = map(_and_mean, self.statistics.by_confidence(slots))
         pays_above = (decision.worth.unsqueeze(1) / acceptance - offset) / slope
         stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf).float())
         together = None
-        if self._on_host:
+        if self.on_host:
             of_exits = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
             of_exit = of_exits.gather(2, decision.exit[None, :, None].expand(len(of_exits), -1, 1)).squeeze(2)
             expected, doubt_below, offset, slope = of_exit.numpy()

@@ -39,7 +39,7 @@ SECONDS_EACH = 0.25
 
 VISITS = 2
 """Tables are gone through so often, from the first place to the last: a machine that is slower for some seconds is so
-for a part of a table, and what is wrong of its shape no clock corrects later."""
+for a part of a table, and what is then wrong of its shape no clock corrects later."""
 
 BUSY = 1.5
 """Costs that are so many times too large are measured again."""

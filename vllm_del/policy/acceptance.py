@@ -42,6 +42,19 @@ class AcceptanceStatistics:
         self._confidence.index_fill_(0, slots, 0)
         self._squares.index_fill_(0, slots, 0)
 
+    def fade(
+        self,
+        # [exits] bool
+        exits: torch.Tensor,
+    ) -> None:
+        """Half of what was seen of these exits, which are not asked, is forgotten: of other texts it would be wrong,
+        and with it what is expected of shallower exits."""
+        kept = torch.where(exits, 0.5, 1.0).double()
+        self._counts.mul_(kept.unsqueeze(-1))
+        self._confidence.mul_(kept.unsqueeze(-1))
+        self._squares.mul_(kept)
+        self.population.fade(kept)
+
     def observe(
         self,
         # [rows] int64, no slot twice

@@ -96,8 +96,6 @@ class Correction:
     # number of drafts; and what each draft step takes beside its layers and the head, whatever the exit
     overhead: float = 0.0
     step: float = 0.0
-    # and once more a factor, of what drafts add to a verification: few tokens wait for memory, and more of them compute
-    token: float = 1.0
 
 
 SHADOW_ROWS = 512
@@ -146,12 +144,10 @@ class CostTables:
         layer = self._layer_seconds[rows] + self.layer_context * (contexts - rows * self.context)
         return float(self.measured.step + depth * layer + self._head_seconds[rows])
 
-    def round_seconds(self, rows: int, tokens: int, contexts: float) -> tuple[float, float]:
-        """Seconds of a verification of the last token of each of the rows, and what drafts beside these add to it, of
-        `tokens` in all."""
+    def round_seconds(self, rows: int, tokens: int, contexts: float) -> float:
+        """Seconds of a verification of `tokens`, drafts and the last token of each of the rows."""
         of_drafts = self.token_context * (tokens - rows) * (contexts / rows - self.context)
-        alone = self.verify_seconds(rows, contexts)
-        return alone, self.verify_seconds(tokens, contexts) - alone + of_drafts
+        return self.verify_seconds(tokens, contexts) + of_drafts
 
     def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
         """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.

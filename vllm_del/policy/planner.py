@@ -50,8 +50,6 @@ class Rates:
     # what draft steps take in proportion to their tables, and beside these, in seconds
     slower: float
     step_overhead: float
-    # and in proportion to the tables what drafts add to the verification
-    token: float
     # scalar, float64: seconds of a verification without drafts
     verify: torch.Tensor
 
@@ -88,7 +86,6 @@ class Planner:
         rates = self._rates(num_rows, context[:num_rows])
         shared = rates.slower * self._shared[num_rows] + rates.step_overhead
         per_row = rates.slower * self._per_row[num_rows]
-        per_token = rates.token * self._per_token[num_rows]
         longer = (context - costs.context).double()
         # Another number of rows has another goodput: begin with that of not drafting.
         price = self._price if num_rows == self._num_rows else num_rows / rates.verify
@@ -98,8 +95,8 @@ class Planner:
         # What a row's drafts cost: each for its context, [rows, exits], and all beside that and what the batch shares,
         # [exits, length, longest]
         layers_context = self.depths * (rates.slower * costs.layer_context)
-        of_context = longer.unsqueeze(1) * (layers_context + rates.token * costs.token_context)
-        row_cost = lengths[:, None] * (per_row[:, None, None] + per_token)
+        of_context = longer.unsqueeze(1) * (layers_context + costs.token_context)
+        row_cost = lengths[:, None] * (per_row[:, None, None] + self._per_token[num_rows])
         row_cost = row_cost.masked_fill(lengths[:, None] > lengths, torch.inf)
 
         # [rows, exits, longest]: the best of each row at each exit, and then at any exit up to that one
@@ -120,7 +117,7 @@ class Planner:
         row_length = length.flatten(1).gather(1, row_exit * len(lengths) + longest).squeeze(1)
         row_exit = row_exit.squeeze(1)
         of_row_context = of_context.gather(1, row_exit.unsqueeze(1)).squeeze(1)
-        itself = per_row[row_exit] + per_token.index_select(0, longest) + of_row_context
+        itself = per_row[row_exit] + self._per_token[num_rows].index_select(0, longest) + of_row_context
         worth = price * itself, price * shared.index_select(0, deepest).squeeze(0)
         expected = self._expect(
             gain[:num_rows], row_exit[:num_rows], row_length[:num_rows], of_row_context[:num_rows], rates
@@ -141,7 +138,7 @@ class Planner:
         costs, of = self.costs, self.costs.correction
         slower, overhead, step_overhead = (value / of.verify for value in (of.draft, of.overhead, of.step))
         verify = costs.verify[num_rows] + costs.verify_context * context.sum() + overhead
-        return Rates(slower, step_overhead, of.token, verify)
+        return Rates(slower, step_overhead, verify)
 
     def _step_costs(self) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.arange(len(self.costs.step), device=self.depths.device)
@@ -180,5 +177,5 @@ class Planner:
         depth = torch.where(drafting, self.depths[exit].unsqueeze(1), 0).amax(0)
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
         draft_time = rates.slower * steps.sum() + rates.step_overhead * (rows > 0).sum() + (length * of_context).sum()
-        with_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
-        return tokens, draft_time, rates.verify + rates.token * (with_drafts - costs.verify[num_rows])
+        verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
+        return tokens, draft_time, rates.verify + verify_drafts - costs.verify[num_rows]

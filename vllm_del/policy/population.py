@@ -34,6 +34,14 @@ class Population:
         # scalar: how many observations the common mean is worth
         self.strength = self._likely()
 
+    def fade(
+        self,
+        # [exits] float64: what is left of what was seen of each
+        kept: torch.Tensor,
+    ) -> None:
+        """Forget a part of what was seen: what is left is even odds."""
+        self.counts.sub_(0.5).mul_(kept.unsqueeze(-1)).add_(0.5)
+
     def observe(
         self,
         # [rounds, rows, exits, 2] float64: matches and mismatches
