@@ -58,7 +58,9 @@ def costs(
 def settled(planner: Planner, acceptance: torch.Tensor, limit: torch.Tensor, context: torch.Tensor | None = None):
     """The plan once the price does not change any more: rounds that are alike."""
     for _ in range(6):
-        decision = planner.plan(acceptance, limit, torch.full_like(limit, CONTEXT) if context is None else context)
+        decision = planner.plan(
+            acceptance, limit, torch.full_like(limit, CONTEXT) if context is None else context, contest=True
+        )
     return decision
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from vllm_del.draft.asker import Asker
 from vllm_del.draft.choice import Choice
 from vllm_del.draft.clock import Late, Pace, Stopwatch
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched, Plan
 from vllm_del.draft.outcome import Drafted, LastDrafts, Outcome, matches
-from vllm_del.draft.shadow import PROMPT_POSITIONS, ShadowScorer
+from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.draft.tally import Counts, Tally
 from vllm_del.draft.together import Together
 from vllm_del.draft.upload import upload
@@ -62,6 +63,7 @@ class DynamicPolicy:
         self.num_slots = num_slots
         self.statistics = AcceptanceStatistics(num_slots + 1, len(exits), device)
         self.shadow = shadow
+        self.asker = Asker(shadow, self.statistics, len(exits), on_host)
         self.planner = planner
         self.on_host = on_host
         self.stopwatch = stopwatch
@@ -81,11 +83,6 @@ class DynamicPolicy:
         self._choice: Choice | None = None
         # What observing took for the plan that is to be made, seconds
         self._observing = 0.0
-        # Exits that no plan needs are left unasked, where the host knows them, unless this is set.
-        self.asks_all = not on_host
-        # By the last plan: which exits are asked, [exits] bool, and whether a sequence that comes will draft
-        self._could_win = torch.ones(len(exits), dtype=torch.bool, device=device)
-        self._strangers_draft = False
         self._bounds = Late((len(exits) - 1, max_length))
         # Whether the last round drafted, as far as the host knows
         self._drafts = True
@@ -119,7 +116,7 @@ class DynamicPolicy:
         if choice is not None and self.pace is not None and not self.pace.is_due(self._drafts):
             self._choice = choice if choice.slots is slots else choice.of(slots, fresh, self.num_slots)
         if verified.ended:
-            self._observe_prompts(slots, verified)
+            self.asker.in_prompts(slots, verified)
         if verified.longest or self._choice is None:
             self._outcomes.append(outcome)
         if self._choice is not None:
@@ -127,7 +124,7 @@ class DynamicPolicy:
         matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
         self._outcomes.clear()
         # The states of this round are there to ask the other exits.
-        self._ask(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
+        self.asker.after_drafts(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
         self.statistics.observe(slots, matched, confidence, scored)
         self._observing = time.perf_counter() - begun - (self.shadow.seconds - scored_before)
 
@@ -157,78 +154,6 @@ class DynamicPolicy:
             if seconds is not None:
                 self._tally.add_time(*seconds)
         self.shadow.earn(num_tokens, self._drafts)
-
-    def _ask(
-        self,
-        verified: Verified,
-        # [rows, positions, exits] each: what is known, to be completed
-        matched: torch.Tensor,
-        confidence: torch.Tensor,
-        scored: torch.Tensor,
-        # [rows, positions] bool
-        kept: torch.Tensor,
-    ) -> None:
-        """Ask exits that did not draft what they would have said, as far as the budget goes."""
-        wanted = kept.unsqueeze(-1) & ~scored
-        if not self.asks_all:
-            wanted &= self._could_win
-            if self._drafts_tell():
-                # What the exit says after a draft of its own adds little to that.
-                wanted &= ~scored.any(1, keepdim=True)
-        number = self.shadow.affordable(int(wanted.sum()) if self.on_host else wanted.numel(), wanted.numel())
-        if not number:
-            return
-        places = self.shadow.choose(wanted, number)
-        row, rest = places // (wanted.shape[1] * wanted.shape[2]), places % (wanted.shape[1] * wanted.shape[2])
-        step, exit = rest // wanted.shape[2], rest % wanted.shape[2]
-        # What is not wanted may lie anywhere.
-        last = verified.input_ids.shape[0] - 1
-        at = (verified.start[row] + step).clamp_max(last)
-        accepted_token = verified.input_ids[(at + 1).clamp_max(last)]
-        target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row]).long()
-        agrees, probability = self.shadow.score(verified.states, at, exit, target)
-        # Where fewer are wanted than were chosen, the rest must not touch what was verified.
-        new = wanted.view(-1)[places]
-        matched.view(-1)[places] = torch.where(new, agrees, matched.view(-1)[places])
-        confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
-        scored.view(-1)[places] |= new
-
-    def _drafts_tell(self) -> bool:
-        """Whether sequences are so alike that what others drafted tells more of a new one than all of its prompt, and
-        it will draft too. To be asked where the host sees the device's values."""
-        return self._strangers_draft and bool(self.statistics.population.strength > PROMPT_POSITIONS)
-
-    def _observe_prompts(self, slots: torch.Tensor, verified: Verified) -> None:
-        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
-        if not self.asks_all and self._drafts_tell():
-            return
-        row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
-        back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
-        exits = torch.arange(len(self._depths), device=slots.device)
-        if not self.asks_all:
-            exits = exits[self._could_win]
-        if not (each := len(exits)):
-            return
-        number = self.shadow.affordable(len(row) * each, len(row) * each) // each
-        if not number:
-            return
-        chosen = self.shadow.choose(torch.ones_like(row, dtype=torch.bool), number)
-        row, back = row[chosen], back[chosen]
-        at = verified.start[row] - back
-        target = self.shadow.target_tokens(verified.states[-1][at])
-        exit = exits.repeat(number)
-        pairs = at.repeat_interleave(each), exit, target.repeat_interleave(each)
-        agrees, probability = self.shadow.score(verified.states, *pairs)
-        # [rows, positions, exits]
-        shape = (len(slots), PROMPT_POSITIONS, len(self._depths))
-        matched = torch.zeros(shape, dtype=torch.bool, device=slots.device)
-        scored, confidence = torch.zeros_like(matched), torch.zeros(shape, device=slots.device)
-        where = row.repeat_interleave(each), back.repeat_interleave(each) - 1, exit
-        matched[where], confidence[where] = agrees, probability
-        # Of tensors on the device: a plain `True` would be copied there, and the host would wait.
-        scored[where] = torch.ones_like(agrees)
-        # A round of its own, before those of the drafts.
-        self.statistics.observe(slots, *(values.unsqueeze(0) for values in (matched, confidence, scored)))
 
     def plan(
         self,
@@ -283,11 +208,9 @@ class DynamicPolicy:
             return Choice(slots, exit, longest, paper, acceptance)
         acceptance = self.statistics.estimate(known)
         context = torch.cat((context, context.amin().unsqueeze(0)))
-        decision = self.planner.plan(acceptance, longest, context, beside=1)
-        if not self.asks_all and wished.any():
-            self._could_win, self._strangers_draft = decision.could_win, bool(decision.length[-1])
-            if not self._could_win.all():
-                self.statistics.fade(~self._could_win)
+        decision = self.planner.plan(acceptance, longest, context, beside=1, contest=not self.asker.asks_all)
+        if decision.could_win is not None and wished.any():
+            self.asker.choose(decision.could_win, strangers_draft=bool(decision.length[-1]))
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         offset, slope = map(_and_mean, self.statistics.by_confidence(slots))

@@ -38,8 +38,9 @@ class Decision:
     tokens: torch.Tensor
     draft_time: torch.Tensor
     verify_time: torch.Tensor
-    # [exits] bool: whether a plan with this exit would be better than any other if its drafts were always accepted
-    could_win: torch.Tensor
+    # [exits] bool, if it was asked for: whether a plan with this exit would be better than any other if its drafts were
+    # always accepted
+    could_win: torch.Tensor | None
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Planner:
         context: torch.Tensor,
         # how many of the rows, the last ones, are not in the batch: they get what is best for them within its plan
         beside: int = 0,
+        # whether to tell which exits could win
+        contest: bool = False,
     ) -> Decision:
         """The plan of the highest goodput, of those within `limit`, at the last plan's price of time."""
         lengths, costs, num_rows = self.lengths, self.costs, len(limit) - beside
@@ -106,10 +109,12 @@ class Planner:
         # [exits, longest]: the batch's, with what it shares
         of_batch = price * lengths * shared[:, None]
         total = best[:num_rows].sum(0) - of_batch
-        # The same with an exit that is always right, and the others as they are.
-        always = (lengths - price * of_context.unsqueeze(2) * lengths).masked_fill(gain.isinf(), -torch.inf)
-        at_most = torch.maximum((always.unsqueeze(-1) - price * row_cost).amax(2), best)[:num_rows].sum(0) - of_batch
-        could_win = at_most.amax(1) > total.max()
+        could_win = None
+        if contest:
+            # The same with an exit that is always right, and the others as they are.
+            always = (lengths - price * of_context.unsqueeze(2) * lengths).masked_fill(gain.isinf(), -torch.inf)
+            at_most = torch.maximum((always.unsqueeze(-1) - price * row_cost).amax(2), best)
+            could_win = (at_most[:num_rows].sum(0) - of_batch).amax(1) > total.max()
         # [1] all: indices that stay on the device
         shape = self._choose(total, price * rates.verify)
         deepest, longest = shape // len(lengths), shape % len(lengths)
