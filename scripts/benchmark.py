@@ -86,7 +86,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     exits: Annotated[str, typer.Option(help="Depths for the dynamic policy.")] = "3,5,8",
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
-    fixed: Annotated[str, typer.Option(help="Fixed pairs exit:length, exits with every length, or none.")] = "3,5,8",
+    fixed: Annotated[
+        str | None, typer.Option(help='Fixed pairs exit:length, or exits with every length; "" for none; else all.')
+    ] = None,
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
     tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 96,
     heat_tokens: Annotated[int, typer.Option(help="And in heats.")] = 48,
@@ -97,6 +99,7 @@ def main(
 ) -> None:
     """Tokens per second of every contender on every workload."""
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    fixed = exits if fixed is None else fixed
     pairs = pairs_of(fixed, longest)
     specs: dict[str, dict[str, Any] | None] = {
         "off": None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_del.draft import head as head_module
-from vllm_del.draft.head import FusedHead, Head, LogitsHead, PlainHead, RenamedHead, quantise
+from vllm_del.draft.head import FusedHead, Head, LogitsHead, PlainHead, RenamedHead, most_probable, quantise
 
 STATES = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(90, 16, generator=torch.Generator().manual_seed(1))
@@ -32,6 +32,24 @@ def listed_logits(states: torch.Tensor) -> torch.Tensor:
 def test_says_what_the_logits_say() -> None:
     check_same(FusedHead(PLAIN), LogitsHead(logits))
     check_same(LogitsHead(lambda states: PLAIN.finish(states @ WEIGHT.T)), LogitsHead(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_most_probable_token(rows: int, dtype: torch.dtype) -> None:
+    """Whatever is quickest where it is: the first of equals, as torch has it, NaN above all."""
+    given = (4 * torch.randn(rows, 1000, generator=torch.Generator().manual_seed(rows))).to(dtype)
+    given[:, 600], given[:, 400] = given.amax(1), given.amax(1)  # never above 400 alone
+    given[0, 0] = -torch.inf
+    token, probability = most_probable(given)
+    assert (token.dtype, probability.dtype) == (torch.int64, torch.float32)
+    assert torch.equal(token, given.argmax(1))
+    assert (token <= 400).all()
+    torch.testing.assert_close(probability, given.float().softmax(1).gather(1, token.unsqueeze(1)).squeeze(1))
+    given[0, 70:90] = torch.nan
+    token, probability = most_probable(given)
+    assert token[0] == 70
+    assert probability.isnan().tolist() == [True] + [False] * (rows - 1)
 
 
 def test_ranks_with_shards_of_the_vocabulary() -> None:

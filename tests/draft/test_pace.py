@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy
-from vllm_del.draft.clock import IDLE_SHARE, LAST, MOST_ROUNDS, PLANNING_SHARE, Pace
+from vllm_del.draft.clock import EARLY_SHARE, IDLE_SHARE, LAST, MOST_ROUNDS, PLANNING_SHARE, Pace
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched
 from vllm_del.draft.verified import Verified
 from vllm_del.policy.cost import Correction
@@ -42,7 +42,7 @@ def test_rounds_of_a_plan() -> None:
 def test_who_is_in_the_batch() -> None:
     """A plan for four serves while one of them is another; with two others it is made anew."""
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
-    pace = Pace(100.0, costs, learns=False)
+    pace = Pace(EARLY_SHARE * costs.verify_seconds(3), costs, learns=False)
 
     def due(num_rows: int, came: int = 0, left: int = 0) -> bool:
         pace.begin(num_rows, came, left)
@@ -62,6 +62,20 @@ def test_who_is_in_the_batch() -> None:
     for _ in range(8):
         due(3)
     assert [due(15, came=12), due(15), due(15), due(15), due(15)] == [True, False, True, False, False]
+
+
+def test_of_a_small_model_new_sequences_are_served_by_the_last_plan_for_some_rounds() -> None:
+    """Where a plan takes a tenth of a verification, no more is made than one in every other round."""
+    costs = policy("goodput").planner.costs  # type: ignore[union-attr]
+    pace, due = Pace(2 * EARLY_SHARE * costs.verify_seconds(4), costs, learns=False), []
+    for number in range(12):
+        # Another batch in each of the last rounds
+        others = 4 * (number in (0, 8, 9, 10, 11))
+        pace.begin(4, came=others, left=others)
+        due.append(pace.is_due(drafts=True))
+        if due[-1]:
+            pace.planned(0.0)
+    assert due == [round in (1, 3, 6, 8, 10) for round in range(12)]
 
 
 def test_new_sequences_do_not_wait_for_as_long_as_a_plan_without_drafts_serves() -> None:

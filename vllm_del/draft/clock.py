@@ -41,6 +41,9 @@ PLANNING_SHARE, IDLE_SHARE = 0.01, 0.0025
 On a large model they take less each round.
 """
 
+EARLY_SHARE = 0.05
+"""And at most, where sequences are new: of a small model, planning anew would take much of their first rounds."""
+
 MOST_ROUNDS = 32
 """No plan serves more rounds: it is of an acceptance that changes."""
 
@@ -208,7 +211,7 @@ class Pace:
     def is_due(self, drafts: bool, ahead: int = 0) -> bool:
         """Whether the last plan, with any drafts or without, no longer serves: in this round, or so many later ones."""
         if OTHERS * max(self._came, self._left) > self._planned_for:
-            return True
+            return self._served + ahead >= self._for_share(EARLY_SHARE, self._rows)
         # What is to be expected of new sequences is worth as much as drafts are.
         return self._served + ahead >= self.rounds(self._rows, drafts or self._came > 0, self._planned_at)
 
@@ -225,10 +228,14 @@ class Pace:
 
         Of new sequences little is known yet: what is learnt in their first rounds tells most.
         """
-        verify = self._costs.correction.verify * self._costs.verify_seconds(num_rows)
-        affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
-        most = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
-        return max(1, min(most, int(age), self.most))
+        early = self._for_share(EARLY_SHARE, num_rows)
+        return min(max(early, int(age)), self._for_share(PLANNING_SHARE if drafts else IDLE_SHARE, num_rows))
+
+    def _for_share(self, share: float, num_rows: int) -> int:
+        """For how many rounds a plan has to serve to take no more than this share of their verification."""
+        affordable = share * self._costs.correction.verify * self._costs.verify_seconds(num_rows)
+        needed = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
+        return max(1, min(needed, self.most))
 
 
 class Late:

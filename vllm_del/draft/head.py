@@ -41,12 +41,23 @@ class LogitsHead(Head):
         self._compute_logits = compute_logits
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self._compute_logits(hidden_states).float()
-        largest, token = logits.max(dim=-1)
-        return token, torch.exp(largest - logits.logsumexp(-1))
+        return most_probable(self._compute_logits(hidden_states))
 
     def __str__(self) -> str:
         return "LM head"
+
+
+def most_probable(
+    # [rows, vocabulary]
+    logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a `Head` says of logits: tokens and probabilities."""
+    logits = logits.float()
+    if logits.device.type == "cpu":
+        # Vectorised, other than torch's argmax and logsumexp on a CPU: a fifth of their time.
+        return torch.from_numpy(logits.numpy().argmax(-1)), logits.softmax(-1).amax(-1)
+    largest, token = logits.max(dim=-1)
+    return token, torch.exp(largest - logits.logsumexp(-1))
 
 
 @dataclass(frozen=True)
