@@ -87,7 +87,8 @@ def main(
     exits: Annotated[str, typer.Option(help="Depths for the dynamic policy.")] = "3,5,8",
     longest: Annotated[int, typer.Option(help="Its largest draft.")] = 8,
     fixed: Annotated[
-        str | None, typer.Option(help='Fixed pairs exit:length, or exits with every length; "" for none; else all.')
+        str | None,
+        typer.Option(help='Fixed pairs exit:length, or exits with every length; "" for none. By default all.'),
     ] = None,
     workloads: Annotated[str, typer.Option(help="What to generate, see workloads.py.")] = "",
     tokens: Annotated[int, typer.Option(help="For each sequence, more or less.")] = 96,

@@ -16,7 +16,7 @@ def asked(kind: str, selective: bool = True) -> tuple[Counter[int], float]:
     """How often each exit was asked, and tokens a second."""
     server = VirtualServer(CPU_1B.costs, CPU_1B.depths, LONGEST, CPU_1B.planning)
     policy, counted = server.dynamic(), Counter[int]()
-    policy.asker.asks_all = not selective
+    policy.asker.ask_all(not selective)
     score = policy.shadow.score
 
     def counting(states: Any, at: Any, exit: Any, target: Any) -> Any:
@@ -53,7 +53,7 @@ def test_what_is_known_of_exits_that_are_not_asked_does_not_go_stale(places: int
     for asks_all in (True, False):
         server = VirtualServer(machine.costs, machine.depths, LONGEST, machine.planning)
         policy = server.dynamic()
-        policy.asker.asks_all = asks_all
+        policy.asker.ask_all(asks_all)
         for kind, number in (("hard", 15), ("easy", 30)):
             server.rate(texts(kind, machine.easy, machine.hard, number * places, 3), places, policy)
         # Of a sequence of which nothing is known

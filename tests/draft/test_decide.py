@@ -25,8 +25,7 @@ def test_rows_that_leave_alike(
     exit: list[int], length: list[int], limit: int, alike: bool, deepest: int, longest: int
 ) -> None:
     """By the plan for as many tokens as there is room for."""
-    mine = policy("goodput")
-    mine.on_host = True
+    mine = policy("goodput", on_host=True)
     known = torch.full((ROWS + 1, len(EXITS)), 0.9)
     mine._choose = lambda *_: Choice(SLOTS, torch.tensor([*exit, 1]), torch.tensor([*length, 3]), known, known.double())  # type: ignore[method-assign]
     plan = mine.plan(SLOTS, ZEROS + LENGTH, torch.full((ROWS,), limit), ZEROS)

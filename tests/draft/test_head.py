@@ -1,12 +1,22 @@
 """Draft heads: what a whole vocabulary says, shards of it on several ranks, a part of it, and a copy in FP8."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from vllm_del.draft import head as head_module
-from vllm_del.draft.head import FusedHead, Head, LogitsHead, PlainHead, RenamedHead, most_probable, quantise
+from vllm_del.draft.head import (
+    FusedHead,
+    Head,
+    LogitsHead,
+    PlainHead,
+    RenamedHead,
+    most_probable,
+    most_probable_on_cpu,
+    quantise,
+)
 
 STATES = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(90, 16, generator=torch.Generator().manual_seed(1))
@@ -34,22 +44,28 @@ def test_says_what_the_logits_say() -> None:
     check_same(LogitsHead(lambda states: PLAIN.finish(states @ WEIGHT.T)), LogitsHead(logits))
 
 
+@pytest.mark.parametrize("read", [most_probable, most_probable_on_cpu])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 7])
-def test_the_most_probable_token(rows: int, dtype: torch.dtype) -> None:
-    """Whatever is quickest where it is: the first of equals, as torch has it, NaN above all."""
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_the_most_probable_token(
+    rows: int, dtype: torch.dtype, read: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """The first of equals, as torch has it, and NaN above all; of a vocabulary that is padded."""
     given = (4 * torch.randn(rows, 1000, generator=torch.Generator().manual_seed(rows))).to(dtype)
-    given[:, 600], given[:, 400] = given.amax(1), given.amax(1)  # never above 400 alone
-    given[0, 0] = -torch.inf
-    token, probability = most_probable(given)
+    largest = given.amax(1)
+    given[:, 600] = given[:, 400] = largest
+    given[:1, 0] = -torch.inf
+    given[:, 990:] = torch.inf
+    given = given[:, :990]
+    token, probability = read(given)
     assert (token.dtype, probability.dtype) == (torch.int64, torch.float32)
-    assert torch.equal(token, given.argmax(1))
+    assert token.tolist() == [row.index(max(row)) for row in given.tolist()]
     assert (token <= 400).all()
     torch.testing.assert_close(probability, given.float().softmax(1).gather(1, token.unsqueeze(1)).squeeze(1))
-    given[0, 70:90] = torch.nan
-    token, probability = most_probable(given)
-    assert token[0] == 70
-    assert probability.isnan().tolist() == [True] + [False] * (rows - 1)
+    given[:1, 70:90] = torch.nan
+    token, probability = read(given)
+    assert token[:1].tolist() == [70] * (rows > 0)
+    assert probability.isnan().tolist() == [number == 0 for number in range(rows)]
 
 
 def test_ranks_with_shards_of_the_vocabulary() -> None:

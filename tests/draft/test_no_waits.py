@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_del.draft.clock import Pace, Stopwatch
 from vllm_del.draft.decide import DynamicPolicy
-from vllm_del.draft.head import LogitsHead, quantise
+from vllm_del.draft.head import Head, most_probable, quantise
 from vllm_del.draft.loop import Drafts, Launched
 from vllm_del.draft.shadow import ShadowScorer
 from vllm_del.draft.verified import Verified
@@ -56,10 +56,17 @@ def _place() -> str:
     return ""
 
 
-def policy(objective: str) -> DynamicPolicy:
-    """As the V2 runner has it: the host does not see the device's values."""
+class DeviceHead(Head):
+    """States are its logits, which it reads as where the device is not the host."""
 
-    head = LogitsHead(lambda states: states)
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return most_probable(hidden_states)
+
+
+def policy(objective: str, on_host: bool = False) -> DynamicPolicy:
+    """As the V2 runner has it, where the host does not see the device's values, or as the V1 runner."""
+
+    head = DeviceHead()
     costs, planner, stopwatch = None, None, None
     if objective == "goodput":
         places = (1, SHADOW_ROWS)
@@ -68,7 +75,7 @@ def policy(objective: str) -> DynamicPolicy:
         planner = Planner(torch.tensor(EXITS), costs, LENGTH)
         stopwatch = Stopwatch(costs, EXITS, learns=False)
     shadow = ShadowScorer(lambda states: states, head, head, costs, 0.5, CPU)
-    return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, False, stopwatch)
+    return DynamicPolicy(EXITS, LAYERS, LENGTH, 16, shadow, planner, CPU, on_host, stopwatch)
 
 
 def verification(ended: Sequence[tuple[int, int]] = (), fresh: Sequence[int] = ()) -> Verified:

@@ -42,10 +42,10 @@ def test_rounds_of_a_plan() -> None:
 def test_who_is_in_the_batch() -> None:
     """A plan for four serves while one of them is another; with two others it is made anew."""
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
-    pace = Pace(EARLY_SHARE * costs.verify_seconds(3), costs, learns=False)
+    pace = Pace(0.99 * EARLY_SHARE * costs.verify_seconds(3), costs, learns=False)
 
     def due(num_rows: int, came: int = 0, left: int = 0) -> bool:
-        pace.begin(num_rows, came, left)
+        pace.begin(num_rows, num_rows, came, left)
         if is_due := pace.is_due(drafts=True):
             pace.planned(0.0)
         return is_due
@@ -67,28 +67,37 @@ def test_who_is_in_the_batch() -> None:
 def test_of_a_small_model_new_sequences_are_served_by_the_last_plan_for_some_rounds() -> None:
     """Where a plan takes a tenth of a verification, no more is made than one in every other round."""
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
-    pace, due = Pace(2 * EARLY_SHARE * costs.verify_seconds(4), costs, learns=False), []
-    for number in range(12):
-        # Another batch in each of the last rounds
-        others = 4 * (number in (0, 8, 9, 10, 11))
-        pace.begin(4, came=others, left=others)
-        due.append(pace.is_due(drafts=True))
-        if due[-1]:
-            pace.planned(0.0)
-    assert due == [round in (1, 3, 6, 8, 10) for round in range(12)]
+    planning = 1.99 * EARLY_SHARE * costs.verify_seconds(4)
+
+    def due(batches: Sequence[int], drafts: bool = True, tokens: int = 0) -> list[int]:
+        """Rounds with a plan of their own, where so many sequences are there, all of them others from the third on."""
+        pace, found = Pace(planning, costs, learns=False), []
+        for number, num_rows in enumerate(batches):
+            came = num_rows if number in (0, *range(3, len(batches))) else 0
+            pace.begin(num_rows, num_rows + tokens, came=came, left=batches[number - 1] if came and number else 0)
+            if pace.is_due(drafts):
+                pace.planned(0.0)
+                found.append(number)
+        return found
+
+    assert due([4] * 10) == [0, 2, 4, 6, 8]
+    # Prompts are verified too; and batches of another size are planned for at once, and where nothing is drafted.
+    assert due([4] * 10, tokens=40) == [*range(10)]
+    assert due([4] * 5 + [1, 1, 1, 4, 4, 4]) == [0, 2, 4, 5, 8, 10]
+    assert due([4] * 10, drafts=False) == [0, *range(2, 10)]
 
 
 def test_new_sequences_do_not_wait_for_as_long_as_a_plan_without_drafts_serves() -> None:
     costs = policy("goodput").planner.costs  # type: ignore[union-attr]
     pace = Pace(2.9 * IDLE_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
     for number in range(8):
-        pace.begin(4, came=0 if number else 4)
+        pace.begin(4, 4, came=0 if number else 4)
         if pace.is_due(drafts=False):
             pace.planned(0.0)
-    pace.begin(4)
+    pace.begin(4, 4)
     assert not pace.is_due(drafts=False)
     assert not pace.is_due(drafts=False, ahead=1)
-    pace.begin(4, came=1)
+    pace.begin(4, 4, came=1)
     assert pace.is_due(drafts=False)
 
 
@@ -129,8 +138,7 @@ def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
     )
 
     def serve(may_rest: bool) -> tuple[list[int], list[bool], list[float]]:
-        mine, planned, rested = policy("goodput"), [], []
-        mine.on_host = True
+        mine, planned, rested = policy("goodput", on_host=True), [], []
         costs = mine.planner.costs  # type: ignore[union-attr]
         mine.pace = Pace(2.9 * IDLE_SHARE * costs.verify_seconds(ROWS), costs, learns=False)
         mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.01).double()  # type: ignore[method-assign]
@@ -154,8 +162,7 @@ def test_rounds_without_drafts_are_passed_over_until_a_plan_is_due() -> None:
 
 
 def test_a_plan_of_drafts_is_not_passed_over() -> None:
-    mine, slots = policy("goodput"), torch.tensor([3, 1, 0, 7])
-    mine.on_host = True
+    mine, slots = policy("goodput", on_host=True), torch.tensor([3, 1, 0, 7])
     mine.pace = Pace(100.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
     mine.statistics.estimate = lambda of: torch.full((len(of), len(EXITS)), 0.99).double()  # type: ignore[method-assign]
     for _ in range(12):
@@ -168,9 +175,9 @@ def test_a_plan_of_drafts_is_not_passed_over() -> None:
 
 
 def test_what_there_is_room_for_is_new_each_round() -> None:
-    mine, slots = policy("tpl"), torch.tensor([3, 1, 0, 7])
+    mine, slots = policy("tpl", on_host=True), torch.tensor([3, 1, 0, 7])
     mine.pace = Pace(1.0, policy("goodput").planner.costs, learns=False)  # type: ignore[union-attr]
-    mine.on_host, wished = True, torch.tensor([LENGTH, LENGTH, 0, LENGTH])
+    wished = torch.tensor([LENGTH, LENGTH, 0, LENGTH])
     for most in (0, LENGTH, 1, 2):
         mine.observe(slots, verified())
         plan = mine.plan(slots, wished, torch.full((ROWS,), most), torch.zeros(ROWS))

@@ -140,13 +140,13 @@ def test_a_row_beside_the_batch_has_no_say_in_its_plan(acceptance, layer, other)
     (alone, beside), decisions = (Planner(torch.tensor(DEPTHS), costs(layer, 0.01, 1.0, 0.5), LENGTH) for _ in "ab"), []
     alike = [*acceptance, other, acceptance[0]]
     for _ in range(3):
-        mine = alone.plan(torch.tensor(acceptance), limit, torch.full_like(limit, CONTEXT))
+        mine = alone.plan(torch.tensor(acceptance), limit, torch.full_like(limit, CONTEXT), contest=True)
         limits = torch.cat((limit, torch.full((2,), LENGTH)))
-        theirs = beside.plan(torch.tensor(alike), limits, torch.full_like(limits, CONTEXT), beside=2)
+        theirs = beside.plan(torch.tensor(alike), limits, torch.full_like(limits, CONTEXT), beside=2, contest=True)
         decisions.append(theirs)
         for name in ("exit", "length", "worth"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name)[:-2])
-        for name in ("step_worth", "tokens", "draft_time", "verify_time"):
+        for name in ("step_worth", "tokens", "draft_time", "verify_time", "could_win"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
         assert int(theirs.length[-1]) == int(theirs.length[0])
         assert int(theirs.length[-2]) <= int(mine.length.max()) or not mine.length.any()
@@ -222,6 +222,6 @@ def test_planning_takes_less_than_a_millisecond_for_eight_rows() -> None:
         return min(times)
 
     addition = shortest(lambda: [acceptance + acceptance for _ in range(20)]) / 20
-    planning = shortest(lambda: planner.plan(acceptance, limit, context))
+    planning = shortest(lambda: planner.plan(acceptance, limit, context, contest=True))
     print(f"{planning * 1e3:.3f} ms, additions of {addition * 1e6:.1f} us")
     assert planning < 500 * max(addition, 2e-6)

@@ -20,13 +20,16 @@ class Asker:
         self._num_exits = num_exits
         # Whether the host sees the device's values at once
         self._on_host = on_host
-        # Whether exits are asked that no plan needs
-        self.asks_all = not on_host
+        self.ask_all(False)
         # By the last plan: which exits are asked, [exits] bool, or all; and whether a sequence that comes will draft
         self._could_win: torch.Tensor | None = None
         self._strangers_draft = False
 
-    def choose(self, could_win: torch.Tensor, strangers_draft: bool) -> None:
+    def ask_all(self, everything: bool) -> None:
+        """Whether to ask exits that no plan needs: where plans are not known here, they are asked anyway."""
+        self.asks_all = everything or not self._on_host
+
+    def follow(self, could_win: torch.Tensor, strangers_draft: bool) -> None:
         """A plan is made: it tells whom to ask, [exits] bool, and what a sequence without a past does."""
         self._could_win, self._strangers_draft = could_win, strangers_draft
         if not could_win.all():

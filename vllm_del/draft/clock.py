@@ -42,7 +42,8 @@ On a large model they take less each round.
 """
 
 EARLY_SHARE = 0.05
-"""And at most, where sequences are new: of a small model, planning anew would take much of their first rounds."""
+"""And no more than this where sequences are new, of which little is known: of a small model, planning in each of their
+first rounds would take much of these. Until then they are served by the last plan, which is also of a new one."""
 
 MOST_ROUNDS = 32
 """No plan serves more rounds: it is of an acceptance that changes."""
@@ -186,7 +187,8 @@ def _slope(steps: Sequence[tuple[float, float]], table: float) -> tuple[float, f
 class Pace:
     """How many rounds a plan serves, where making one takes long beside a round.
 
-    A batch of which more than a third has come or gone since is another one, which gets its own.
+    A batch of which more than a third has come or gone since is another one, which gets its own: at once if the last
+    plan was of no drafts, or of half as many or twice as many sequences, else as soon as `EARLY_SHARE` allows.
     """
 
     def __init__(self, planning_seconds: float, costs: CostTables, learns: bool) -> None:
@@ -197,29 +199,39 @@ class Pace:
         self._seconds = deque([planning_seconds] * AS_TABLED, maxlen=LAST)
         # Sequences in this round, and for how many rounds they have been there, on average
         self._rows, self._age = 0, 0.0
-        # Of the last plan: for how many it was made, and of what age; and since then rounds, and who came and left
+        # Of the last plan: for how many it was made, and of what age; and since then rounds, who came and left, and
+        # what verification took by the tables, seconds
         self._planned_for, self._planned_at = 0, 0.0
         self._served = self._came = self._left = 0
+        self._verified = 0.0
 
-    def begin(self, num_rows: int, came: int = 0, left: int = 0) -> None:
-        """A round begins, of so many sequences; some were not in the one before, and some of that one are gone."""
+    def begin(self, num_rows: int, num_tokens: int, came: int = 0, left: int = 0) -> None:
+        """A round begins with a verification of `num_tokens`, of so many sequences; some were not in the one before,
+        and some of that one are gone."""
         self._came, self._left = self._came + came, self._left + left
         self._rows = num_rows
         self._served += 1
+        self._verified += self._costs.verify_seconds(num_tokens)
         self._age = (self._age + 1) * (1 - came / num_rows)
 
     def is_due(self, drafts: bool, ahead: int = 0) -> bool:
         """Whether the last plan, with any drafts or without, no longer serves: in this round, or so many later ones."""
-        if OTHERS * max(self._came, self._left) > self._planned_for:
-            return self._served + ahead >= self._for_share(EARLY_SHARE, self._rows)
+        served, others = self._served + ahead, OTHERS * max(self._came, self._left) > self._planned_for
+        fewer, more = sorted((self._rows, self._planned_for))
+        if served >= self.most or (others and (not drafts or more > 2 * fewer)):
+            return True
+        verified = self._verified + ahead * self._costs.verify_seconds(self._rows)
+        if EARLY_SHARE * self._costs.correction.verify * verified < median(self._seconds):
+            return False
         # What is to be expected of new sequences is worth as much as drafts are.
-        return self._served + ahead >= self.rounds(self._rows, drafts or self._came > 0, self._planned_at)
+        return others or served >= self.rounds(self._rows, drafts or self._came > 0, self._planned_at)
 
     def planned(self, seconds: float) -> None:
         """This round has a new plan. Observing and planning took so long by the host's clock: no word for ranks that
         have to agree."""
         self._planned_for, self._planned_at = self._rows, self._age
         self._served = self._came = self._left = 0
+        self._verified = 0.0
         if self._learns:
             self._seconds.append(seconds)
 
@@ -228,14 +240,10 @@ class Pace:
 
         Of new sequences little is known yet: what is learnt in their first rounds tells most.
         """
-        early = self._for_share(EARLY_SHARE, num_rows)
-        return min(max(early, int(age)), self._for_share(PLANNING_SHARE if drafts else IDLE_SHARE, num_rows))
-
-    def _for_share(self, share: float, num_rows: int) -> int:
-        """For how many rounds a plan has to serve to take no more than this share of their verification."""
-        affordable = share * self._costs.correction.verify * self._costs.verify_seconds(num_rows)
-        needed = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
-        return max(1, min(needed, self.most))
+        verify = self._costs.correction.verify * self._costs.verify_seconds(num_rows)
+        affordable = (PLANNING_SHARE if drafts else IDLE_SHARE) * verify
+        most = math.ceil(median(self._seconds) / affordable) if affordable > 0 else 1
+        return max(1, min(most, int(age), self.most))
 
 
 class Late:

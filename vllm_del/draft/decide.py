@@ -111,7 +111,7 @@ class DynamicPolicy:
         self._tally.add(outcome)
         self._time(slots, verified.num_tokens, verified.contexts, verified.only_decodes)
         if self.pace is not None:
-            self.pace.begin(len(slots), verified.came, verified.left)
+            self.pace.begin(len(slots), verified.num_tokens, verified.came, verified.left)
         choice, self._choice = self._choice, None
         if choice is not None and self.pace is not None and not self.pace.is_due(self._drafts):
             self._choice = choice if choice.slots is slots else choice.of(slots, fresh, self.num_slots)
@@ -140,7 +140,7 @@ class DynamicPolicy:
             return False
         if self.pace is None or self.pace.is_due(drafts=False, ahead=1):
             return False
-        self.pace.begin(len(slots))
+        self.pace.begin(len(slots), len(slots))
         self._time(slots, len(slots), contexts, only_decodes=True)
         self._tally.add_undrafted(allowed)
         if self.stopwatch:
@@ -210,7 +210,7 @@ class DynamicPolicy:
         context = torch.cat((context, context.amin().unsqueeze(0)))
         decision = self.planner.plan(acceptance, longest, context, beside=1, contest=not self.asker.asks_all)
         if decision.could_win is not None and wished.any():
-            self.asker.choose(decision.could_win, strangers_draft=bool(decision.length[-1]))
+            self.asker.follow(decision.could_win, strangers_draft=bool(decision.length[-1]))
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
         offset, slope = map(_and_mean, self.statistics.by_confidence(slots))

@@ -41,7 +41,8 @@ class LogitsHead(Head):
         self._compute_logits = compute_logits
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return most_probable(self._compute_logits(hidden_states))
+        logits = self._compute_logits(hidden_states)
+        return (most_probable_on_cpu if logits.device.type == "cpu" else most_probable)(logits)
 
     def __str__(self) -> str:
         return "LM head"
@@ -53,11 +54,18 @@ def most_probable(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a `Head` says of logits: tokens and probabilities."""
     logits = logits.float()
-    if logits.device.type == "cpu":
-        # Vectorised, other than torch's argmax and logsumexp on a CPU: a fifth of their time.
-        return torch.from_numpy(logits.numpy().argmax(-1)), logits.softmax(-1).amax(-1)
     largest, token = logits.max(dim=-1)
     return token, torch.exp(largest - logits.logsumexp(-1))
+
+
+def most_probable_on_cpu(
+    # [rows, vocabulary]
+    logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in a third of the time or less (two cores, 1 to 16 rows of 32,000): there torch's `max` with indices is
+    not vectorised, and `logsumexp` goes over the logits several times."""
+    logits = logits.float()
+    return torch.from_numpy(logits.numpy().argmax(-1)), logits.softmax(-1).amax(-1)
 
 
 @dataclass(frozen=True)

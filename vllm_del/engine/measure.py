@@ -30,7 +30,7 @@ from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 8
+FORMAT = 9
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)

@@ -101,7 +101,7 @@ def _ask_everything(worker: Any, everything: bool) -> None:
     policy, budget = _policy(worker), worker.vllm_config.speculative_config.del_shadow_budget
     policy.statistics.decay, policy.shadow.share = (1.0, 1.0) if everything else (DECAY, budget)
     policy.pace.most = 1 if everything else MOST_ROUNDS
-    policy.asker.asks_all = everything or not policy.on_host
+    policy.asker.ask_all(everything)
     # What rounds took that ask everything is no word for those that do not.
     policy.stopwatch.forget()
 
