@@ -70,7 +70,7 @@ def test_of_a_small_model_new_sequences_are_served_by_the_last_plan_for_some_rou
     planning = 1.99 * EARLY_SHARE * costs.verify_seconds(4)
 
     def due(batches: Sequence[int], drafts: bool = True, tokens: int = 0) -> list[int]:
-        """Rounds with a plan of their own, where so many sequences are there, all of them others from the third on."""
+        """Rounds with a plan of their own, where so many sequences are there, others in each from round 3 on."""
         pace, found = Pace(planning, costs, learns=False), []
         for number, num_rows in enumerate(batches):
             came = num_rows if number in (0, *range(3, len(batches))) else 0
@@ -81,9 +81,11 @@ def test_of_a_small_model_new_sequences_are_served_by_the_last_plan_for_some_rou
         return found
 
     assert due([4] * 10) == [0, 2, 4, 6, 8]
-    # Prompts are verified too; and batches of another size are planned for at once, and where nothing is drafted.
+    # What prompts took counts too.
     assert due([4] * 10, tokens=40) == [*range(10)]
+    # Of another size
     assert due([4] * 5 + [1, 1, 1, 4, 4, 4]) == [0, 2, 4, 5, 8, 10]
+    # Where nothing is drafted
     assert due([4] * 10, drafts=False) == [0, *range(2, 10)]
 
 

@@ -42,8 +42,9 @@ On a large model they take less each round.
 """
 
 EARLY_SHARE = 0.05
-"""And no more than this where sequences are new, of which little is known: of a small model, planning in each of their
-first rounds would take much of these. Until then they are served by the last plan, which is also of a new one."""
+"""And no more than this where sequences are new, of which little is known, but for what `Pace` says: of a small model,
+planning in each of their first rounds would take much of these. Meanwhile they go by what the last plan has for a
+sequence of which nothing is known."""
 
 MOST_ROUNDS = 32
 """No plan serves more rounds: it is of an acceptance that changes."""
@@ -188,7 +189,8 @@ class Pace:
     """How many rounds a plan serves, where making one takes long beside a round.
 
     A batch of which more than a third has come or gone since is another one, which gets its own: at once if the last
-    plan was of no drafts, or of half as many or twice as many sequences, else as soon as `EARLY_SHARE` allows.
+    round drafted nothing, or the plan was of less than half or more than twice as many sequences, else as soon as
+    `EARLY_SHARE` allows.
     """
 
     def __init__(self, planning_seconds: float, costs: CostTables, learns: bool) -> None:
@@ -215,7 +217,8 @@ class Pace:
         self._age = (self._age + 1) * (1 - came / num_rows)
 
     def is_due(self, drafts: bool, ahead: int = 0) -> bool:
-        """Whether the last plan, with any drafts or without, no longer serves: in this round, or so many later ones."""
+        """Whether the last plan, with any drafts or without, no longer serves: in this round, or so many later ones of
+        one token a row."""
         served, others = self._served + ahead, OTHERS * max(self._came, self._left) > self._planned_for
         fewer, more = sorted((self._rows, self._planned_for))
         if served >= self.most or (others and (not drafts or more > 2 * fewer)):

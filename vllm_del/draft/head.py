@@ -63,7 +63,7 @@ def most_probable_on_cpu(
     logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in a third of the time or less (two cores, 1 to 16 rows of 32,000): there torch's `max` with indices is
-    not vectorised, and `logsumexp` goes over the logits several times."""
+    not vectorised, and `softmax` is one operation where `logsumexp` is several."""
     logits = logits.float()
     return torch.from_numpy(logits.numpy().argmax(-1)), logits.softmax(-1).amax(-1)
 
