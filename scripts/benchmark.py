@@ -17,6 +17,7 @@ or the demo model, which continues files it was not trained on.
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,6 +39,15 @@ from vllm_del.engine.measure import machine
 from vllm_del.engine.profiling import costs_of_worker
 
 console = Console(highlight=False)
+
+
+def commit() -> str:
+    """Of this repository, and whether what runs is something else: "d974d3c", "d974d3c-dirty"; "" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def pairs_of(fixed: str, longest: int) -> dict[int, list[int]]:
@@ -129,6 +139,7 @@ def main(
         "machine": machine(),
         # With `glibc.malloc.hugetlb=1` all engines have their weights in huge pages, where Linux has some.
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("vllm-del", "torch")} | {"vllm": vllm_version},
         "model": about or model.name,
         "settings": settings,
