@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.draft.test_no_waits import EXITS, LENGTH, ROWS, policy
+from tests.draft.test_no_waits import EXITS, LENGTH, ROWS, policy, verification
 from vllm_del.draft.choice import Choice
+from vllm_del.draft.loop import Drafts, Launched
 
 SLOTS, ZEROS = torch.tensor([3, 1, 0, 7]), torch.zeros(ROWS, dtype=torch.int64)
 
@@ -37,3 +38,18 @@ def test_a_host_that_only_launches_knows_of_none() -> None:
     known, zeros = torch.full((ROWS + 1, len(EXITS)), 0.9), torch.zeros(ROWS + 1, dtype=torch.int64)
     mine._choose = lambda *_: Choice(SLOTS, zeros, zeros + LENGTH, known, known.double())  # type: ignore[method-assign]
     assert [mine.plan(SLOTS, ZEROS + LENGTH, ZEROS + LENGTH, ZEROS).alike for _ in range(4)] == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("objective", "on_host", "ends"), [("goodput", True, True), ("goodput", False, False), ("tpl", False, True)]
+)
+def test_confidence_ends_drafts_where_that_saves_something(objective: str, on_host: bool, ends: bool) -> None:
+    """Where the host only launches, it would throw drafts away; the paper's objective does as the paper does."""
+    torch.manual_seed(0)
+    mine, known = policy(objective, on_host), ZEROS + 50
+    for _ in range(4):
+        mine.observe(SLOTS, verification())
+        plan = mine.plan(SLOTS, ZEROS + LENGTH, ZEROS + LENGTH, known)
+        drafts = Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH))
+        mine.record(SLOTS, plan, drafts, Launched([(ROWS, 1)] * LENGTH, 0.1))
+    assert bool((plan.stop_below > 0).any()) == ends

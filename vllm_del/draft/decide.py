@@ -200,30 +200,36 @@ class DynamicPolicy:
     def _choose(self, slots: torch.Tensor, wished: torch.Tensor, context: torch.Tensor) -> Choice:
         """For these rows, and for a sequence that takes the place of one of them."""
         known, longest = pad(slots, (0, 1), value=self.num_slots), pad(wished, (0, 1), value=self.max_length)
-        # In the type of a warm-up's: a kernel for another one would be compiled while serving.
-        paper = _and_mean(self.statistics.stop_below(slots)).float()
         if self.planner is None:
             acceptance = _and_mean(self.statistics.acceptance(slots))
             exit, _ = best_by_tokens_per_layer(acceptance, self._depths, self._num_layers, self.max_length)
-            return Choice(slots, exit, longest, paper, acceptance)
+            return Choice(slots, exit, longest, self._doubt_below(slots), acceptance)
         acceptance = self.statistics.estimate(known)
         context = torch.cat((context, context.amin().unsqueeze(0)))
         decision = self.planner.plan(acceptance, longest, context, beside=1, contest=not self.asker.asks_all)
+        if not self.on_host:
+            # What is launched and verified was settled rounds ago: a draft that ends early would save nothing.
+            never = torch.full_like(acceptance, torch.nan, dtype=torch.float32)
+            return Choice(slots, decision.exit, decision.length, never, acceptance)
         if decision.could_win is not None and wished.any():
             self.asker.follow(decision.could_win, strangers_draft=bool(decision.length[-1]))
         # The paper's threshold is where matches and mismatches look alike. Where most drafts match, one below it may
         # still be accepted: it ends a draft only if the next one would also not be worth its time.
+        paper = self._doubt_below(slots)
         offset, slope = map(_and_mean, self.statistics.by_confidence(slots))
         pays_above = (decision.worth.unsqueeze(1) / acceptance - offset) / slope
         stop_below = torch.minimum(paper, pays_above.nan_to_num(-torch.inf).float())
-        together = None
-        if self.on_host:
-            of_exits = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
-            of_exit = of_exits.gather(2, decision.exit[None, :, None].expand(len(of_exits), -1, 1)).squeeze(2)
-            expected, doubt_below, offset, slope = of_exit.numpy()
-            worth = decision.worth.numpy(), float(decision.step_worth)
-            together = Together(expected, doubt_below, offset, slope, *worth, survived=np.ones(len(known)))
+        of_exits = torch.stack((acceptance, paper, offset.where(~slope.isnan(), acceptance), slope.nan_to_num(0)))
+        of_exit = of_exits.gather(2, decision.exit[None, :, None].expand(len(of_exits), -1, 1)).squeeze(2)
+        expected, doubt_below, offset, slope = of_exit.numpy()
+        worth = decision.worth.numpy(), float(decision.step_worth)
+        together = Together(expected, doubt_below, offset, slope, *worth, survived=np.ones(len(known)))
         return Choice(slots, decision.exit, decision.length, stop_below, acceptance, together)
+
+    def _doubt_below(self, slots: torch.Tensor) -> torch.Tensor:
+        """The paper's threshold of these rows, and for one more, [rows + 1, exits]."""
+        # In the type of a warm-up's: a kernel for another one would be compiled while serving.
+        return _and_mean(self.statistics.stop_below(slots)).float()
 
     def record(self, slots: torch.Tensor, plan: Plan, drafts: Drafts, launched: Launched) -> None:
         """Rows beyond those of `slots` are padding."""
