@@ -11,6 +11,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
+from vllm_del.engine import stat_logger
 from vllm_del.engine.messages import STATISTICS_KEY
 from vllm_del.engine.stat_logger import DelStatLogger
 from vllm_del.metrics import REASONS, Metrics
@@ -88,6 +89,22 @@ class TestInVllm:
         manager.record(SchedulerStats(kv_connector_stats={STATISTICS_KEY: {"counts": [counts]}}), None)
         assert seen == [None] * len(others)
         assert b'vllm:del_drafts_total{engine="0",length="2"' in generate_latest()
+
+    @pytest.mark.parametrize(("servers", "lines"), [(1, 1), (2, 0)])
+    def test_of_several_api_servers_none_logs_its_part(
+        self, servers: int, lines: int, engine_config, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ours, *_ = StatLoggerManager(engine_config(speculative_config="del"), client_count=servers).stat_loggers
+        said: list[str] = []
+        monkeypatch.setattr(stat_logger.logger, "info", said.append)
+        ours.record(SchedulerStats(kv_connector_stats={STATISTICS_KEY: {"counts": [], "not_wanted": 4}}), None)
+        ours.log()
+        assert said == ["del: 0% of rounds drafted, 100% not wanted"] * lines
+
+    def test_a_fixed_policy_counts_nothing_and_says_nothing(self, engine_config) -> None:
+        fixed = {"method": "del", "del_policy": "fixed", "del_exit_layers": 1}
+        manager = StatLoggerManager(engine_config(speculative_config=fixed))
+        assert not any(isinstance(logger, DelStatLogger) for logger in manager.stat_loggers)
 
     def test_without_del_there_is_none(self, engine_config) -> None:
         StatLoggerManager(engine_config(speculative_config="del"))

@@ -186,15 +186,22 @@ def test_no_preemption_where_all_sequences_fit(seed: int, run) -> None:
     assert sum(on.verified.values()) > 0
 
 
-def test_hardly_a_preemption_that_off_would_not_have_had(run) -> None:
+@pytest.mark.parametrize("longest_prompt", [50, 150], ids=["prompts of a chunk", "of up to three"])
+def test_hardly_a_preemption_that_off_would_not_have_had(run, longest_prompt: int) -> None:
     """Sixty crowds that do not fit. Who drafts gets on faster than its neighbours, so that steps cannot be compared one
     by one; but where off preempts nobody, no draft makes it happen, and over all crowds there are no more of them.
     """
+    longest_output = min(80, 200 - longest_prompt)
     without = with_drafts = quiet = accepted = 0
     for seed in range(60):
         rng = random.Random(seed)
         sequences = [
-            Sequence(rng.randint(1, 50), rng.randint(5, 80), rng.choice([0.3, 0.9]), rng.randint(0, 80))
+            Sequence(
+                rng.randint(1, longest_prompt),
+                rng.randint(5, longest_output),
+                rng.choice([0.3, 0.9]),
+                rng.randint(0, 80),
+            )
             for _ in range(rng.randint(4, 14))
         ]
         blocks = rng.randint(12, 30)

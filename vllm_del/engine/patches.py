@@ -229,12 +229,15 @@ def _count_for_prometheus(original: Callable, self: "StatLoggerManager", *args: 
     Why: a logger that is installed as vLLM's plugin is made for everyone, and switches statistics on for them.
     """
     original(self, *args, **kwargs)
-    vllm_config = inspect.signature(original).bind(self, *args, **kwargs).arguments["vllm_config"]
-    if isinstance(vllm_config.speculative_config, DelConfig):
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    vllm_config = given["vllm_config"]
+    config = vllm_config.speculative_config
+    if isinstance(config, DelConfig) and config.is_dynamic:
         from vllm_del.engine.stat_logger import DelStatLogger
 
         # Before the others: it takes what is ours out of the statistics.
-        self.stat_loggers.insert(0, DelStatLogger(vllm_config, self.engine_indexes))
+        ours = DelStatLogger(vllm_config, self.engine_indexes, logs=given.get("client_count", 1) == 1)
+        self.stat_loggers.insert(0, ours)
 
 
 def drafter_of(runner: Any) -> Any:

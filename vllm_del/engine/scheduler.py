@@ -37,6 +37,7 @@ class _SizesDrafts(Scheduler):
         # made. Goes when vLLM asks its drafter how many there are.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self._most: int = self.num_spec_tokens
+        self._is_dynamic: bool = self.vllm_config.speculative_config.is_dynamic
         self._groups = self.kv_cache_manager.coordinator.single_type_managers
         slots = slots_for(self._most)
         self._reserve = Reserve(sum(-(-slots // group.block_size) for group in self._groups), slots)
@@ -82,7 +83,8 @@ class _SizesDrafts(Scheduler):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """With what was counted."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and (self._counts or self._undrafted):
+        # Rounds of a fixed policy are counted by no one, and reasons alone would say that none drafts.
+        if stats is not None and self._is_dynamic and (self._counts or self._undrafted):
             stats.kv_connector_stats = {STATISTICS_KEY: {"counts": self._counts, **self._undrafted}}
             self._counts, self._undrafted = [], Counter()
         return stats
@@ -136,9 +138,12 @@ class _SizesDrafts(Scheduler):
         # A block more only for who is going to use it.
         if room < wish and self._wanted_length(request.request_id):
             leave = self._reserve.for_drafts(running)
-            if leave is not None and (blocks := allocate(wish, leave)) is not None:
-                self._reserve.taken()
-                return blocks
+            if leave is not None:
+                # [registry] What vLLM counts before it lets requests with remote KV in: prompts that have begun go on.
+                leave += self._inflight_prefill_reserved_blocks()
+                if (blocks := allocate(wish, leave)) is not None:
+                    self._reserve.taken()
+                    return blocks
         if request.status == RequestStatus.RUNNING:
             return allocate(room, 0)
         leave = self._reserve.for_newcomer(running)

@@ -17,10 +17,12 @@ logger = init_logger(f"vllm.{__name__}")
 class DelStatLogger(AggregateStatLoggerBase):
     """Records what the schedulers of our own send with their statistics."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], logs: bool = True) -> None:
         config = vllm_config.speculative_config
         assert isinstance(config, DelConfig)
         name = vllm_config.model_config.served_model_name
+        # Of several API servers each sees a part; vLLM's own line is left out there too.
+        self._logs = logs
         self._metrics = Metrics(name, engine_indexes, config.exits, config.num_speculative_tokens)
 
     def record(
@@ -37,7 +39,7 @@ class DelStatLogger(AggregateStatLoggerBase):
 
     def log(self) -> None:
         """The periodic line."""
-        if line := self._metrics.log_line():
+        if self._logs and (line := self._metrics.log_line()):
             logger.info(line)
 
     def log_engine_initialized(self) -> None:
