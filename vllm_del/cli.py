@@ -1,8 +1,8 @@
 """The `vllm-del` command: `vllm-del profile MODEL` says whether a model suits, before anyone serves it."""
 
 import json
-import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +58,10 @@ def profile(
     listed = int(draft_vocab) if draft_vocab.isdecimal() else draft_vocab
     given = {"del_draft_vocab": listed, "del_draft_head": draft_head}
     head = {name: value for name, value in given.items() if value != ""}
+    if plot and not find_spec("matplotlib"):
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'vllm-del[plot]'")
+    if plot and not plot.parent.is_dir():
+        raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("Starting vLLM", total=len(texts) * (3 if head else 2))
@@ -69,12 +73,12 @@ def profile(
     batches = sorted({*(number for number in BATCHES if number < batch), batch})
     predictions = result.predictions(batches)
     configuration = result.configuration(batches)
-    if plot:
-        draw(result, predictions, plot)
     if as_json:
-        print(json.dumps(as_dict(result, predictions, configuration), indent=1))
+        print(json.dumps(as_dict(result, predictions, configuration), indent=1, allow_nan=False))
     else:
         show(result, predictions, configuration)
+    if plot:
+        draw(result, predictions, plot)
 
 
 def _numbers(text: str) -> list[int] | None:
@@ -105,9 +109,10 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def as_dict(result: Profile, predictions: list[Prediction], configuration: dict | None) -> dict[str, Any]:
-    """All of it, for `--json`."""
+    """All of it, for `--json`, which has no NaN: what is not known is null."""
     of_batches = [asdict(found) | {"speed_up": found.speed_up} for found in predictions]
-    return asdict(result) | {"predictions": of_batches, "configuration": configuration}
+    exits = [{name: None if value != value else value for name, value in asdict(of).items()} for of in result.exits]
+    return asdict(result) | {"exits": exits, "predictions": of_batches, "configuration": configuration}
 
 
 def show(result: Profile, predictions: list[Prediction], configuration: dict | None) -> None:
@@ -165,11 +170,8 @@ def show(result: Profile, predictions: list[Prediction], configuration: dict | N
 
 def draw(result: Profile, predictions: list[Prediction], file: Path) -> None:
     """Agreement by exit and predicted speed-up by batch, as a picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print("--plot needs matplotlib: pip install 'vllm-del[plot]'")
-        sys.exit(1)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([exit.depth for exit in result.exits], [exit.agreement for exit in result.exits], "o-")

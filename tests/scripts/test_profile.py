@@ -66,6 +66,12 @@ def test_predictions_go_by_the_clock() -> None:
     assert by_clock.length < by_tables.length
 
 
+def test_an_exit_that_was_never_wrong_is_json_too() -> None:
+    exit = ExitProfile(4, 900, 1.0, 0.8, float("nan"))
+    found = cli.as_dict(replace(profile_of(1.0), exits=[exit]), [], None)
+    assert json.loads(json.dumps(found, allow_nan=False))["exits"][0]["confidence_wrong"] is None
+
+
 def test_what_it_advises(capsys: pytest.CaptureFixture[str]) -> None:
     good = profile_of(0.95)
     configuration = good.configuration([1, 4])
@@ -102,6 +108,7 @@ def test_it_says_plainly_when_del_will_not_pay(capsys: pytest.CaptureFixture[str
         (["--prompts", "/nowhere"], "--prompts /nowhere"),
         (["--engine-args", "[1]"], "--engine-args '[1]'"),
         (["--engine-args", "{"], "--engine-args '{'"),
+        (["--plot", "/nowhere/p.png"], "--plot /nowhere/p.png"),
     ],
 )
 def test_options_that_are_not_understood(arguments: list[str], words: str) -> None:

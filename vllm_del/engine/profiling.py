@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm_del.draft.clock import MOST_ROUNDS
+from vllm_del.draft.shadow import IDLE
 from vllm_del.policy.acceptance import DECAY
 from vllm_del.policy.cost import Correction, MeasuredCosts
 from vllm_del.policy.predict import ExitProfile, Profile
@@ -99,7 +100,8 @@ def _ask_everything(worker: Any, everything: bool) -> None:
     """In the worker: nothing fades, every round counts, and as much may go into asking exits as into the model itself;
     or all as in service."""
     policy, budget = _policy(worker), worker.vllm_config.speculative_config.del_shadow_budget
-    policy.statistics.decay, policy.shadow.share = (1.0, 1.0) if everything else (DECAY, budget)
+    # Rounds without drafts have a part of the budget only.
+    policy.statistics.decay, policy.shadow.share = (1.0, 1.0 / IDLE) if everything else (DECAY, budget)
     policy.pace.most = 1 if everything else MOST_ROUNDS
     policy.asker.ask_all(everything)
     # What rounds took that ask everything is no word for those that do not.
