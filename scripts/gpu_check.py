@@ -1,10 +1,13 @@
 """Checks and measures on this machine's GPU what the project says of GPUs; gpu_check.sh runs it.
 
-Each part runs in a process of its own: one that fails costs the others nothing, and leaves no memory behind. A figure
-is a median, and is compared with one of the same process. What did not run is reported as not measured.
+Each part runs in processes of its own: one that fails costs the others nothing, and leaves no memory behind. A figure
+is a median. Kernels and draft steps are compared within one process; a whole server, with drafts and without, is one
+process and another. What did not run is reported as not measured.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,19 +23,20 @@ KERNELS = SCRIPTS.parent / "tests/kernels"
 console = Console(highlight=False)
 
 PARTS = {
+    "exit_head": [],
+    "model": [],
+    "off": [],
+    "del": [],
+    "lossless": [],
     # They run here: there is no need to compile them for other GPUs.
     "kernels": [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *(f"--ignore={KERNELS / 'test_compiled.py'}", str(KERNELS)),
     ],
-    "lossless": [],
-    "exit_head": [],
-    "off": [],
-    "del": [],
 }
 """What is run, in this order. Where nothing stands, it is the function of gpu_parts.py of this name."""
 
-LONGEST = {"kernels": 180.0, "lossless": 180.0, "exit_head": 120.0}
+LONGEST = {"exit_head": 90.0, "model": 90.0, "off": 130.0, "del": 200.0, "lossless": 150.0}
 """Seconds, of parts that others must not wait for."""
 
 
@@ -40,22 +44,22 @@ def run(part: str, given: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The part's figures, and how it ended."""
     begin = time.perf_counter()
     command = PARTS[part] or [sys.executable, str(SCRIPTS / "gpu_parts.py"), part, json.dumps(given)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, seconds))
-    except subprocess.TimeoutExpired as late:
-        return {"ended": f"stopped after {seconds:.0f} s", "output": _tail(late.stdout) + _tail(late.stderr)}
-    found: dict[str, Any] = {"ended": "passed" if done.returncode == 0 else f"failed with {done.returncode}"}
-    lines = done.stdout.strip().splitlines() or [""]
-    if not PARTS[part] and done.returncode == 0:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, errors = process.communicate(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            # With all that it started, which would keep the GPU's memory from the next part.
+            os.killpg(process.pid, signal.SIGKILL)
+            out, errors = process.communicate()
+            return {"ended": f"stopped after {seconds:.0f} s", "output": out[-4000:] + errors[-4000:]}
+    found: dict[str, Any] = {"ended": "passed" if process.returncode == 0 else f"failed with {process.returncode}"}
+    lines = out.strip().splitlines() or [""]
+    if not PARTS[part] and process.returncode == 0:
         found |= json.loads(lines[-1])
     else:
-        found["output"] = lines[-1] if done.returncode == 0 else _tail(done.stdout + done.stderr)
+        found["output"] = lines[-1] if process.returncode == 0 else (out + errors)[-4000:]
     return found | {"seconds": round(time.perf_counter() - begin, 1)}
-
-
-def _tail(output: str | bytes | None) -> str:
-    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return text[-4000:]
 
 
 def compared(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -79,8 +83,9 @@ def compared(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         add(f"exit_head, {count} rows: share of copy bandwidth", of["share_of_bandwidth"], 0.85)
         add(f"exit_head, {count} rows: times the better of torch's", of["over_torch"], 1.2)
         add(f"exit_head, {count} rows: time with a 32k shortlist", of["shortlist_over_whole"], 0.3, most=True)
-        add(f"exit_head, {count} rows: time with the head in FP8", of["fp8_over_whole"], 0.6, most=True)
+        add(f"exit_head, {count} rows: time with the head in FP8", of.get("fp8_over_whole"), 0.6, most=True)
     with_del, off = found.get("del", {}), found.get("off", {})
+    add("planning for 256 rows, of a verification", with_del.get("planning_over_verification"), 0.01, most=True)
     for count, over in with_del.get("draft_step_over_bytes", {}).items():
         add(f"draft step, {count} rows: time over bytes / bandwidth", over, 1.15, most=True)
     speed_ups = {

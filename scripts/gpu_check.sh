@@ -12,9 +12,11 @@ if ! nvidia-smi >/dev/null 2>&1; then
   exit 1
 fi
 python=${PYTHON:-python3}
-if ! "$python" -c 'import vllm, pytest, hypothesis' 2>/dev/null; then
+if ! "$python" -c 'import vllm' 2>/dev/null; then
   BUILD=cuda VENV=.venv scripts/install.sh demo test
   python=$PWD/.venv/bin/python
+elif ! "$python" -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null; then
+  "$python" -m pip install --quiet pytest pytest-timeout hypothesis
 fi
 # Here this folder's own package comes before one installed elsewhere, and has its kernels in an editable install only.
 if ! "$python" -c 'import vllm_del.kernels.exit_head' 2>/dev/null; then

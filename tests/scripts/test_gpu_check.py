@@ -26,7 +26,7 @@ def test_parts_run_on_a_small_model(tmp_path: Path) -> None:
     (model / "synthetic.json").write_text("{}")
     model.rename(tmp_path / "tiny-exit-2")
     out = tmp_path / "check.json"
-    options = "--parts lossless,del --shape tiny --exit 2 --batches 1 --texts 1 --tokens 16 --eager"
+    options = "--parts model,lossless,del --shape tiny --exit 2 --batches 1 --texts 1 --tokens 16 --eager"
     options += f" --out {out} --folder {tmp_path}"
     command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -36,6 +36,7 @@ def test_parts_run_on_a_small_model(tmp_path: Path) -> None:
     assert found["lossless"]["float32_apart"] == []
     assert found["del"]["tokens_per_second"].keys() == {"0.9 x1", "0.8 x1"}
     assert found["del"]["draft_step_over_bytes"].keys() == {"1", "2", "4", "8", "16"}
+    assert 0 < found["del"]["planning_over_verification"] < 10
     assert "not measured" in done.stdout, "nothing was run without drafts, so there is no speed-up"
 
 
@@ -60,6 +61,7 @@ def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
             "tokens_per_second": {"0.9 x1": 210.0, "0.8 x1": 140.0, "0.8 x8": 480.0},
             "nothing_drafted": 99.5,
             "draft_step_over_bytes": {"1": 1.1, "16": 1.3},
+            "planning_over_verification": 0.009,
             "kv_cache_bytes": 990,
             "model_bytes": 1000,
         },
@@ -67,6 +69,7 @@ def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
     reached = {what: verdict.split(",")[0] for what, _, verdict in compared(found) if verdict}
     assert reached == {
         "lossless in float32: texts apart, at near-ties": "NO",
+        "planning for 256 rows, of a verification": "yes",
         "draft step, 1 rows: time over bytes / bandwidth": "yes",
         "draft step, 16 rows: time over bytes / bandwidth": "NO",
         "8B, agreement 0.9 x1: speed-up": "yes",
@@ -75,6 +78,17 @@ def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
         "nothing drafted: speed-up": "yes",
         "memory beyond off, of the model": "yes",
     }
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_all_that_it_started(scripts: None, monkeypatch, tmp_path) -> None:
+    import gpu_check
+
+    child = tmp_path / "child"
+    monkeypatch.setitem(gpu_check.PARTS, "kernels", ["bash", "-c", f"sleep 600 & echo $! > {child}; wait"])
+    found = gpu_check.run("kernels", {}, 5.0)
+    assert found["ended"] == "stopped after 5 s"
+    status = Path("/proc", child.read_text().strip(), "status")
+    assert not status.exists() or "\nState:\tZ" in status.read_text()
 
 
 def test_near_ties(scripts: None) -> None:
