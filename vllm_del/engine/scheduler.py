@@ -147,6 +147,10 @@ class _SizesDrafts(Scheduler):
         if request.status == RequestStatus.RUNNING:
             return allocate(room, 0)
         leave = self._reserve.for_newcomer(running)
+        if leave:
+            # What comes of its prompt after this step must not take them either.
+            rest = max(0, request.num_tokens - end)
+            leave += self._inflight_prefill_reserved_blocks() + sum(-(-rest // g.block_size) for g in self._groups)
         blocks = allocate(room, leave)
         if blocks is None and leave:
             self._reserve.newcomer_waits()

@@ -17,7 +17,7 @@ logger = init_logger(f"vllm.{__name__}")
 class DelStatLogger(AggregateStatLoggerBase):
     """Records what the schedulers of our own send with their statistics."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], logs: bool = True) -> None:
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], *, logs: bool = True) -> None:
         config = vllm_config.speculative_config
         assert isinstance(config, DelConfig)
         name = vllm_config.model_config.served_model_name
