@@ -1,6 +1,7 @@
 """The `vllm-del` command: `vllm-del profile MODEL` says whether a model suits, before anyone serves it."""
 
 import json
+import math
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,8 +112,16 @@ def _json_object(text: str) -> dict[str, Any]:
 def as_dict(result: Profile, predictions: list[Prediction], configuration: dict | None) -> dict[str, Any]:
     """All of it, for `--json`, which has no NaN: what is not known is null."""
     of_batches = [asdict(found) | {"speed_up": found.speed_up} for found in predictions]
-    exits = [{name: None if value != value else value for name, value in asdict(of).items()} for of in result.exits]
-    return asdict(result) | {"exits": exits, "predictions": of_batches, "configuration": configuration}
+    return _known(asdict(result) | {"predictions": of_batches, "configuration": configuration})
+
+
+def _known(value: Any) -> Any:
+    """With None in place of what is no finite number."""
+    if isinstance(value, dict):
+        return {name: _known(of) for name, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(result: Profile, predictions: list[Prediction], configuration: dict | None) -> None:

@@ -164,7 +164,8 @@ def _work(
 
 
 def _blocks_for_drafts(scheduler: Any, request: Request) -> int:
-    """Blocks beyond those of the request's tokens, of the next one and of what an asynchronous step is about to add."""
+    """Blocks beyond those of the request's tokens and of the next one; asynchronously also of the drafts that are being
+    verified, which count as its own here."""
     (group,) = scheduler.kv_cache_manager.coordinator.single_type_managers
     tokens = max(request.num_tokens + 1 + (request.num_output_placeholders > 0), request.num_computed_tokens)
     return max(0, len(group.req_to_blocks.get(request.request_id, ())) - -(-tokens // BLOCK))
@@ -205,10 +206,11 @@ def test_no_preemption_where_all_sequences_fit(seed: int, run) -> None:
 @pytest.mark.parametrize("longest_prompt", [50, 150], ids=["prompts of a chunk", "of up to three"])
 def test_hardly_a_preemption_that_off_would_not_have_had(run, longest_prompt: int) -> None:
     """Sixty crowds that do not fit. Who drafts gets on faster than its neighbours, so that steps cannot be compared one
-    by one; but over all crowds no more are preempted, and hardly a block is held for a draft while one is.
+    by one; but where off preempts nobody of these crowds no draft makes it happen while prompts are short, over all
+    crowds no more are preempted, and hardly a block is held for a draft while one is.
     """
     longest_output = min(80, 200 - longest_prompt)
-    without = with_drafts = in_the_way = accepted = 0
+    without = with_drafts = in_the_way = quiet = accepted = 0
     for seed in range(60):
         rng = random.Random(seed)
         sequences = [
@@ -221,13 +223,17 @@ def test_hardly_a_preemption_that_off_would_not_have_had(run, longest_prompt: in
             for _ in range(rng.randint(4, 14))
         ]
         # At least as many as the longest sequence has, and one of vLLM's own.
-        blocks = rng.randint(1 + -(-(longest_prompt + longest_output) // BLOCK), 30)
+        blocks = rng.randint(max(12, 1 + -(-(longest_prompt + longest_output) // BLOCK)), 30)
         off, on = run(sequences, blocks), run(sequences, blocks, SPEC)
         without, with_drafts = without + off.preemptions, with_drafts + on.preemptions
         accepted += on.accepted.total()
         in_the_way += on.in_the_way
+        quiet += off.preemptions == 0
+        if longest_prompt == 50:
+            assert off.preemptions or not on.preemptions, f"crowd {seed}"
         assert not off.in_the_way
     assert without > 20
+    assert quiet > 10
     assert accepted > 1000
     assert with_drafts <= without
     assert in_the_way <= 0.2 * with_drafts
@@ -243,6 +249,12 @@ def test_a_waiting_request_is_let_in_although_others_draft(run) -> None:
         waits.append(on.first["2"] - arrival)
     assert max(waits) <= LONGEST + 2
     assert min(waits) == 0
+
+
+def test_the_last_chunk_of_a_prompt_may_draft_where_there_is_room(run) -> None:
+    """It is no prompt under way for itself: two blocks of its own, one for the draft, and one in reserve are enough."""
+    on = run([Sequence(158, 20)], 10 + 1 + 1 + 1, SPEC)
+    assert on.lengths["0"][:2] == [0, LONGEST]
 
 
 def test_a_request_that_opts_out_drafts_nothing_beside_others_that_do(run) -> None:

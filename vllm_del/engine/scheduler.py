@@ -139,8 +139,7 @@ class _SizesDrafts(Scheduler):
         if room < wish and self._wanted_length(request.request_id):
             leave = self._reserve.for_drafts(running)
             if leave is not None:
-                # [registry] What vLLM counts before it lets requests with remote KV in: prompts that have begun go on.
-                leave += self._inflight_prefill_reserved_blocks()
+                leave += self._for_prompts_under_way(request)
                 if (blocks := allocate(wish, leave)) is not None:
                     self._reserve.taken()
                     return blocks
@@ -150,11 +149,15 @@ class _SizesDrafts(Scheduler):
         if leave:
             # What comes of its prompt after this step must not take them either.
             rest = max(0, request.num_tokens - end)
-            leave += self._inflight_prefill_reserved_blocks() + sum(-(-rest // g.block_size) for g in self._groups)
+            leave += self._for_prompts_under_way(request) + sum(-(-rest // group.block_size) for group in self._groups)
         blocks = allocate(room, leave)
         if blocks is None and leave:
             self._reserve.newcomer_waits()
         return blocks
+
+    def _for_prompts_under_way(self, request: Request) -> int:
+        """Blocks that prompts have still to get, but for that of `request`, as vLLM itself counts them."""
+        return sum(self._request_remaining_blocks(other) for other in self._inflight_prefills if other is not request)
 
     def _allow(self, request: Request, length: int, wish: int, end: int) -> None:
         """The request may draft so many tokens after those up to `end`, of as many as it can use."""
