@@ -4,8 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.engine.host import RUNNERS, Host
+
+# How long an example takes says what else the machine does.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 DEMO_MODEL = Path(__file__).parent.parent / "scripts" / "demo_model"
 
