@@ -150,7 +150,11 @@ class TestAttributes:
                 "cudagraph_manager kv_connector execute_model_state step_timing",
                 "engine/speculator.py, engine/verification.py",
             ),
-            ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager", "graphs", "engine/graphs.py"),
+            (
+                "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager",
+                "graphs decode_query_len _candidates _capture_descs",
+                "engine/graphs.py, engine/verification.py",
+            ),
             (
                 "vllm.v1.worker.gpu.async_utils:StepTimingCollector",
                 "collect forward_end drafter_start drafter_end",
@@ -160,8 +164,8 @@ class TestAttributes:
             ("vllm.v1.worker.gpu.input_batch:InputBatch", "max_query_len", "engine/faults.py"),
             (
                 "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor",
-                "cg_mode max_query_len",
-                "engine/faults.py",
+                "cg_mode max_query_len num_tokens num_reqs",
+                "engine/faults.py, engine/verification.py",
             ),
             ("vllm.config:ModelConfig", "model get_total_num_hidden_layers", "config.py"),
             ("vllm.config:ParallelConfig", "tensor_parallel_size", "config.py"),

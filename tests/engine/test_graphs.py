@@ -53,6 +53,28 @@ def test_the_same_text_and_drafts(host: Host, checkpoints: Path, architecture: s
     assert sum(replays[size, None] for size in SIZES) >= replayed.steps - 3
 
 
+def test_attention_that_replays_even_rows_alone(host: Host, checkpoints: Path) -> None:
+    """One sequence has a graph in every round, whatever it drafts; several have one where they draft nothing."""
+    model = checkpoint(checkpoints, "llama")
+    at_most = [GREEDY | {"extra_args": {"del": {"max_draft": most}}} for most in (0, 1)]
+    runs = [(PROMPTS[:1], at_most[1]), (PROMPTS[:1], GREEDY), (PROMPTS[:2], at_most[0]), (PROMPTS, GREEDY)]
+    expected = [host.generate(model, *run, FIXED, **ENGINE) for run in runs]
+    with _recorded(host, model, FIXED, even=True):
+        replays = []
+        for run, before in zip(runs, expected, strict=True):
+            host.call(_forget_replays, model, FIXED)
+            assert host.generate(model, *run, FIXED, **ENGINE) == before
+            replays.append({size: n for (size, of), n in host.call(_replays, model, FIXED).items() if of is None})
+    short, alone, undrafted, together = replays
+    # Every round with drafts: of a token and one draft, and of a token and three.
+    assert short[2] == expected[0].rounds > 0
+    assert alone[4] == expected[1].rounds > 0
+    # Two tokens are padded to four. The first one is of the prompt's step.
+    assert undrafted == {4: GREEDY["max_tokens"] - 1}
+    assert together[16] > 0
+    assert expected[3].accepted > 0
+
+
 def test_costs_are_those_of_graphs(host: Host, checkpoints: Path) -> None:
     """What is measured at start is what serves, and leaves nothing behind."""
     model = checkpoint(checkpoints, "llama")
@@ -79,9 +101,9 @@ def test_metadata_is_updated_in_place_or_built(host: Host, checkpoints: Path) ->
 
 
 @contextmanager
-def _recorded(host: Host, model: str, spec: dict[str, Any]) -> Iterator[dict[int, int]]:
-    """Inside, the engine drafts by graph: stages by size of batch."""
-    stages = host.call(_record, model, spec)
+def _recorded(host: Host, model: str, spec: dict[str, Any], even: bool = False) -> Iterator[dict[int, int]]:
+    """Inside, the engine drafts by graph: stages by size of batch. `even`: with attention for rows of one length."""
+    stages = host.call(_record, model, spec, even)
     try:
         yield stages
     finally:
@@ -93,7 +115,7 @@ def _runner(model: str, spec: dict[str, Any]) -> Any:
     return engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def _record(model: str, spec: dict[str, Any]) -> dict[int, int]:
+def _record(model: str, spec: dict[str, Any], even: bool) -> dict[int, int]:
     """In the engine's process: the stages recorded for each size of batch."""
     import torch
     from vllm.config.compilation import CUDAGraphMode
@@ -136,6 +158,9 @@ def _record(model: str, spec: dict[str, Any]) -> dict[int, int]:
         patch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0))
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
         patch.setattr(CudaGraphManager, "capture", capture)
+        if even:
+            unsupported = "vllm_del.engine.verification.get_varlen_cudagraph_unsupported_backend"
+            patch.setattr(unsupported, lambda *_: ("EVEN_ROWS", None))
         runner.speculator.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
         runner.capture_model(profile_only=True)
     return dict(Counter(desc.num_tokens for desc in runner.speculator.graphs.graphs))
@@ -169,6 +194,10 @@ def _bounds(model: str, spec: dict[str, Any]) -> set[int]:
 
 def _replays(model: str, spec: dict[str, Any]) -> Counter:
     return _runner(model, spec).replays
+
+
+def _forget_replays(model: str, spec: dict[str, Any]) -> None:
+    _runner(model, spec).replays.clear()
 
 
 def _count_builds(model: str, spec: dict[str, Any], updates: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
 from vllm_del.engine.steps import on_v2
-from vllm_del.engine.verification import record_any_lengths, run_made_up
+from vllm_del.engine.verification import record_decodes, run_made_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -83,7 +83,7 @@ class DelSpeculator(DraftModelSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Called when the KV cache is there, once before for a trial of how much memory graphs take."""
-        record_any_lengths(self.runner, cudagraph_mode)
+        record_decodes(self.runner, cudagraph_mode)
         self.graphs = DraftGraphs(
             self.vllm_config, self.device, cudagraph_mode, self.segments, self.head, self.input_buffers, self.exit
         )

@@ -1,5 +1,6 @@
-"""Verifications on Model Runner V2: graphs for drafts of any lengths, and made-up ones for the measurement of costs."""
+"""Verifications on Model Runner V2: graphs for drafts of several lengths; made-up ones, to measure what they cost."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
-from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -17,8 +18,36 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
-def record_any_lengths(runner: "GPUModelRunner", cudagraph_mode: CUDAGraphMode) -> None:
-    """Have the target's graphs of decodes be for rows of any lengths up to the longest, where attention can do it.
+class EvenGraphs(ModelCudaGraphManager):
+    """The target's graphs of decodes for rows that are all of one length: of one token, or of the longest, and for a
+    single row of any between."""
+
+    decode_query_len: int
+    _capture_descs: dict[CUDAGraphMode, list[BatchExecutionDescriptor]]
+
+    def _init_candidates(self) -> None:
+        longest = self.decode_query_len
+        recorded: defaultdict[CUDAGraphMode, list[BatchExecutionDescriptor]] = defaultdict(list)
+        for length in range(1, longest + 1):
+            # vLLM's own choice for rows of this length; what it chose for others stays among the candidates.
+            self.decode_query_len, self._capture_descs = length, {}
+            super()._init_candidates()
+            for mode, descs in self._capture_descs.items():
+                recorded[mode] += (desc for desc in descs if length in (1, longest) or desc.num_reqs == 1)
+        # Batches with prompts in them are of no length, and in each choice.
+        self._capture_descs = {
+            mode: sorted(dict.fromkeys(descs), key=lambda desc: desc.num_tokens, reverse=True)
+            for mode, descs in recorded.items()
+        }
+        kept = {desc for descs in recorded.values() for desc in descs}
+        for descs in self._candidates.values():
+            whole_first = sorted(dict.fromkeys(descs), key=lambda desc: desc.cg_mode != CUDAGraphMode.FULL)
+            descs[:] = [desc for desc in whole_first if desc in kept]
+
+
+def record_decodes(runner: "GPUModelRunner", cudagraph_mode: CUDAGraphMode) -> None:
+    """Have the target's graphs of decodes be for rows of any lengths up to the longest, where attention can do it, and
+    else for more lengths than one.
 
     Called before they are recorded. As vLLM makes them without its adaptive verification, they are for rows of the
     longest length alone: a round in which rows draft less, or nothing, would run without.
@@ -30,17 +59,18 @@ def record_any_lengths(runner: "GPUModelRunner", cudagraph_mode: CUDAGraphMode) 
     )
     if unsupported is not None:
         logger.info_once(
-            "del: %s replays no graphs for drafts of different lengths: rounds that have some run without one",
+            "del: %s replays no whole graph for rows of different lengths: there are some for a single row, and for "
+            "rows that all draft nothing or the most; other rounds run as vLLM runs prompts",
             unsupported[0],
         )
-        return
-    runner.cudagraph_manager = ModelCudaGraphManager(
+    make, varlen_decode = (ModelCudaGraphManager, True) if unsupported is None else (EvenGraphs, False)
+    runner.cudagraph_manager = make(
         runner.vllm_config,
         runner.device,
         cudagraph_mode,
         decode_query_len=runner.decode_query_len,
         lora_capture_cases=runner.lora_capture_cases,
-        varlen_decode=True,
+        varlen_decode=varlen_decode,
         ubatch_runner=runner.ubatch_runner,
     )
 
