@@ -55,6 +55,63 @@ def test_sequences_come_and_go_under_a_plan(host: Host, checkpoints: Path) -> No
     assert on.accepted > 0
 
 
+def test_rounds_are_passed_over_while_nothing_is_expected_of_drafts(host: Host, checkpoints: Path) -> None:
+    """They do next to nothing, and drafting goes on when a plan says so."""
+    model = checkpoint(checkpoints, "llama")
+    prompts, sampling = [[5, 6, 7], list(range(20, 30))], GREEDY | {"max_tokens": 90}
+    off = host.generate(model, prompts, sampling, None, **ENGINE)
+    host.call(_plan_rarely, model)
+    host.call(_expect_nothing, model, 45)
+    try:
+        on = host.generate(model, prompts, sampling, SPEC, **ENGINE)
+    finally:
+        operations = host.call(_operations, model)
+        work = host.call(_as_before, model)
+    assert on.completions == off.completions
+    assert on.accepted > 0
+    rested = [number for number, rests in operations if rests]
+    assert len(rested) > 20, operations
+    # Views among them, and what is of the host on any machine.
+    assert sorted(rested)[len(rested) // 2] <= 12, operations
+    assert min(number for number, rests in operations if not rests) > 50
+    assert work["rounds"] == len(operations) - len(rested)
+
+
+def _expect_nothing(model: str, rounds: int) -> None:
+    """In the engine's process: for so many rounds; and from now on tensor operations of rounds are counted."""
+    from tests.draft.test_no_waits import Watch
+
+    drafter = drafter_of(engines._engine(model, SPEC, ENGINE))
+    policy, operations = drafter.policy, []
+    estimate, rest, propose = policy.statistics.estimate, policy.rest, drafter.propose
+    drafter.counted_operations = operations
+
+    def rested(*args: Any) -> bool:
+        rests = rest(*args)
+        operations[-1][1] = rests
+        return rests
+
+    def estimated(slots: torch.Tensor) -> torch.Tensor:
+        known = estimate(slots)
+        return torch.full_like(known, 0.01) if len(operations) < rounds else known
+
+    def proposed(*args: Any, **kwargs: Any) -> Any:
+        operations.append([0, False])
+        with Watch() as watch:
+            proposal = propose(*args, **kwargs)
+        operations[-1][0] = watch.number
+        return proposal
+
+    policy.statistics.estimate, policy.rest, drafter.propose = estimated, rested, proposed
+
+
+def _operations(model: str) -> list[tuple[int, bool]]:
+    """Of each round: how many, and whether it was passed over."""
+    drafter = drafter_of(engines._engine(model, SPEC, ENGINE))
+    del drafter.policy.statistics.estimate, drafter.policy.rest, drafter.propose
+    return [(number, rests) for number, rests in drafter.counted_operations]
+
+
 def _policy(model: str) -> Any:
     return drafter_of(engines._engine(model, SPEC, ENGINE)).policy
 

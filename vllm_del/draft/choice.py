@@ -26,7 +26,7 @@ class Choice:
     acceptance: torch.Tensor
     # of the same rows, where the host sees the device's values
     together: Together | None = None
-    # whether it then knows that nothing is drafted
+    # whether the host knows that nothing is drafted: at once where it sees that, else some rounds later
     idle: bool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -83,7 +83,7 @@ class DynamicPolicy:
         self._choice: Choice | None = None
         # What observing took for the plan that is to be made, seconds
         self._observing = 0.0
-        self._bounds = Late((len(exits) - 1, max_length))
+        self._bounds = Late((len(exits) - 1, max_length, max_length))
         # Whether the last round drafted, as far as the host knows
         self._drafts = True
 
@@ -133,7 +133,7 @@ class DynamicPolicy:
         it either: whether that is so.
 
         It is then in place of `observe`, `plan` and `record`: nothing was to be learnt. `allowed` is how many of the
-        sequences might have drafted. Where the host sees the device's values only.
+        sequences might have drafted.
         """
         choice = self._choice
         if choice is None or choice.slots is not slots or not choice.idle:
@@ -181,8 +181,10 @@ class DynamicPolicy:
         else:
             # How much there is room for in a round says nothing of the one that these are bounds of.
             wanted = self.wanted * (limit > 0)
-            bounds = (exit * (wanted > 0)).max(), wanted.max()
-            (deepest, longest), _ = self._bounds.exchange(torch.stack(bounds))
+            bounds = (exit * (wanted > 0)).max(), wanted.max(), self.wanted.max()
+            (deepest, longest, most_wanted), of = self._bounds.exchange(torch.stack(bounds), choice)
+            if of is not None:
+                of.idle = not most_wanted
             exit, length = exit.clamp_max(deepest), length.clamp_max(longest)
         stop_below, expected = (
             of[:-1].gather(1, exit.unsqueeze(1)).squeeze(1) for of in (choice.stop_below, choice.acceptance)

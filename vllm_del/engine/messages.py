@@ -18,6 +18,10 @@ class Allowance:
     # how many drafts the next step verifies; `None` if it takes as many as were made
     verified: dict[str, int] | None = None
 
+    def may_draft(self, num_rows: int) -> int:
+        """How many of so many sequences there is room for a draft of."""
+        return num_rows - sum(not longest for longest in self.longest.values())
+
 
 @dataclass
 class Report:

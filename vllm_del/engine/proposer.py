@@ -237,7 +237,7 @@ class DelProposer(DraftModelProposer):
         if (batch.num_computed_tokens_cpu[:num_rows] < batch.num_prompt_tokens[:num_rows]).any():
             return False
         contexts = int(batch_metadata.seq_lens[:num_rows].sum())
-        if not policy.rest(slots, contexts, num_rows - sum(not most for most in self.allowance.longest.values())):
+        if not policy.rest(slots, contexts, self.allowance.may_draft(num_rows)):
             return False
         self.report = Report(counts=policy.counts())
         return True

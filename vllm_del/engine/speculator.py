@@ -135,8 +135,14 @@ class DelSpeculator(DraftModelSpeculator):
         """Draft tokens [num_reqs, num_speculative_steps] int64; the first `num_speculative_tokens` count."""
         num_rows = input_batch.num_reqs
         num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        if dp_sync_state is None and not dummy_run and not _any_row_samples(input_batch):
+        # Ranks of data parallelism have to go in step.
+        alone = dp_sync_state is None
+        if alone and not dummy_run and not _any_row_samples(input_batch):
             return self.draft_tokens[:num_rows].zero_()
+        if not dummy_run:
+            slots = self.slots_of.of(input_batch.req_ids)
+            if alone and self._rest(slots, input_batch):
+                return self.draft_tokens[:num_rows].zero_()
         sync, num_tokens = None, num_rows
         if dp_sync_state is not None:
             sync, num_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_rows)
@@ -161,7 +167,6 @@ class DelSpeculator(DraftModelSpeculator):
             # As much as any round may run: memory is profiled and code compiled with it.
             plan = Plan.uniform(num_padded, len(self.segments) - 1, num_steps, self.device)
         else:
-            slots = self.slots_of.of(input_batch.req_ids)
             if self.counted is not None or isinstance(self.policy, DynamicPolicy):
                 verified = on_v2(
                     input_batch,
@@ -197,6 +202,20 @@ class DelSpeculator(DraftModelSpeculator):
             self.report = Report(self.wanted, self.policy.counts())
         # vLLM verifies as many tokens of every row: where nothing was drafted, one that any vocabulary has.
         return self.draft_tokens[:num_rows].clamp_min_(0)
+
+    def _rest(self, slots: torch.Tensor, batch: InputBatch) -> bool:
+        """Pass over a round in which nothing was drafted, every row has sampled a token, and nothing is to be drafted,
+        and say whether it is such a one: some fifty small kernels less. Where tokens are counted no round is."""
+        policy = self.policy
+        if not isinstance(policy, DynamicPolicy) or self.counted is not None:
+            return False
+        if batch.num_draft_tokens or batch.has_prefill:
+            return False
+        contexts = int(batch.seq_lens_cpu_upper_bound[: len(slots)].sum())
+        if not policy.rest(slots, contexts, self.allowance.may_draft(len(slots))):
+            return False
+        self.report = Report(counts=policy.counts())
+        return True
 
     def _forward(
         self,
