@@ -234,8 +234,8 @@ class TestAttributes:
             (
                 "vllm.v1.worker.gpu.input_batch:InputBatch",
                 "num_reqs req_ids idx_mapping idx_mapping_np seq_lens seq_lens_cpu_upper_bound query_start_loc "
-                "input_ids num_tokens num_draft_tokens num_scheduled_tokens prefill_len_np "
-                "num_computed_prefill_tokens_np",
+                "input_ids num_tokens num_draft_tokens num_draft_tokens_per_req num_scheduled_tokens prefill_len_np "
+                "num_computed_prefill_tokens_np has_prefill",
                 "engine/speculator.py, engine/steps.py",
             ),
             ("vllm.v1.worker.gpu.states:RequestState", "prompt_len", "engine/speculator.py"),

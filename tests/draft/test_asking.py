@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.draft.test_goodput import CPU_1B, CPU_1B_BF16, LONGEST
+from tests.draft.test_no_waits import EXITS, LENGTH, ROWS, policy, verification
 from tests.draft.virtual_server import VirtualServer, texts
 
 PLACES = 4
@@ -60,3 +61,21 @@ def test_what_is_known_of_exits_that_are_not_asked_does_not_go_stale(places: int
         estimates.append(float(policy.statistics.estimate(torch.tensor([policy.num_slots]))[0, 0]))
     assert estimates[1] > estimates[0] - 0.02
     assert estimates[1] == pytest.approx(machine.easy[0], abs=0.06)
+
+
+@pytest.mark.parametrize("longest", [0, 1, LENGTH])
+def test_a_host_that_only_launches_pays_for_no_position_that_no_row_has(longest: int) -> None:
+    """It does not know which of them count, but how many tokens of a row were verified at most."""
+    mine, slots, asked = policy("goodput"), torch.tensor([3, 1, 0, 7]), []
+    score = mine.shadow.score
+    mine.shadow.score = lambda states, at, *pairs: asked.append(len(at)) or score(states, at, *pairs)  # type: ignore[func-returns-value, method-assign]
+    limit = torch.full((ROWS,), LENGTH)
+    for _ in range(40):
+        verified = verification()
+        verified.longest, verified.drafted = longest, verified.drafted.clamp_max(longest)
+        verified.accepted = verified.accepted.clamp_max(longest)
+        mine.observe(slots, verified)
+        mine.plan(slots, limit, limit, limit)
+    assert max(asked) == ROWS * len(EXITS) * (1 + longest)
+    known = mine.statistics._counts.sum()
+    assert known > 0, "and heard what they said"

@@ -22,7 +22,7 @@ ENGINE = {"attention_backend": "TRITON_ATTN"}
 DYNAMIC = {"method": "del", "del_exit_layers": [1, 3], "num_speculative_tokens": 3}
 
 # vLLM's bounds on contexts, `seq_lens_cpu_upper_bound`, once in a round each
-OF_THE_HOST = {"speculator.py:_forward", "steps.py:on_v2"}
+OF_THE_HOST = {"speculator.py:_forward", "speculator.py:_rest", "steps.py:on_v2"}
 # of `query_start_loc_cpu`, wherever it builds metadata for a draft step
 VLLMS_OWN = "speculator.py:_build_attn_metadata"
 

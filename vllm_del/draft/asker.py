@@ -54,11 +54,14 @@ class Asker:
             if self._drafts_tell():
                 # What the exit says after a draft of its own adds little to that.
                 wanted &= ~scored.any(1, keepdim=True)
-        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), wanted.numel())
+        most = wanted.numel()
+        # No row has more positions than these, which the host knows.
+        wanted = wanted[:, : 1 + verified.longest]
+        number = self._shadow.affordable(int(wanted.sum()) if self._on_host else wanted.numel(), most)
         if not number:
             return
-        places = self._shadow.choose(wanted, number)
-        row, rest = places // (wanted.shape[1] * wanted.shape[2]), places % (wanted.shape[1] * wanted.shape[2])
+        chosen = self._shadow.choose(wanted, number)
+        row, rest = chosen // wanted[0].numel(), chosen % wanted[0].numel()
         step, exit = rest // wanted.shape[2], rest % wanted.shape[2]
         # What is not wanted may lie anywhere.
         last = verified.input_ids.shape[0] - 1
@@ -67,10 +70,11 @@ class Asker:
         target = torch.where(step < verified.accepted[row], accepted_token, verified.next_token[row]).long()
         agrees, probability = self._shadow.score(verified.states, at, exit, target)
         # Where fewer are wanted than were chosen, the rest must not touch what was verified.
-        new = wanted.view(-1)[places]
-        matched.view(-1)[places] = torch.where(new, agrees, matched.view(-1)[places])
-        confidence.view(-1)[places] = torch.where(new, probability, confidence.view(-1)[places])
-        scored.view(-1)[places] |= new
+        places = row, step, exit
+        new = wanted[places]
+        matched[places] = torch.where(new, agrees, matched[places])
+        confidence[places] = torch.where(new, probability, confidence[places])
+        scored[places] |= new
 
     def in_prompts(
         self,

@@ -171,7 +171,6 @@ class DelSpeculator(DraftModelSpeculator):
                 verified = on_v2(
                     input_batch,
                     self.runner.req_states.prompt_len.np,
-                    self.num_speculative_steps,
                     self.slots_of,
                     num_sampled,
                     num_rejected,

@@ -64,8 +64,6 @@ def on_v2(
     batch: InputBatch,
     # how long each request's prompt is, by the runner's own index of requests
     prompt_len: np.ndarray,
-    # the most drafts of a row
-    longest: int,
     # as they are for this batch
     slots_of: Slots,
     # [rows] int32 each, [rows] bool
@@ -93,7 +91,7 @@ def on_v2(
         accepted=accepted,
         next_token=next_token,
         sampled=sampled,
-        longest=longest if batch.num_draft_tokens else 0,
+        longest=int(batch.num_draft_tokens_per_req.max()) if batch.num_draft_tokens_per_req is not None else 0,
         num_tokens=batch.num_tokens,
         contexts=int(batch.seq_lens_cpu_upper_bound[:num_rows].sum()),
         only_decodes=bool((computed >= prefill_len).all()),
