@@ -1,12 +1,15 @@
 """Fixtures of the unit tests: tiny models, and vLLM's configuration of them."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm.model_executor.models.registry as model_registry
+import vllm.v1.worker.gpu.cudagraph_utils as cudagraph_utils
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
 from tests.unit.models import write_models
@@ -63,5 +66,23 @@ def del_config(engine_config: EngineConfig) -> Callable[..., DelConfig]:
         config = engine_config(speculative_config={"method": "del", **fields}).speculative_config
         assert isinstance(config, DelConfig)
         return config
+
+    return build
+
+
+@pytest.fixture
+def graph_config(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What vLLM's managers of CUDA graphs go by, where there is no GPU to record any: `graph_config(sizes, rows)`."""
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+
+    def build(sizes: list[int], rows: int) -> Any:
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=rows),
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes)),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
+            cache_config=SimpleNamespace(use_kda_recoverssm=False),
+            speculative_config=None,
+        )
 
     return build

@@ -1,6 +1,6 @@
 """Which graphs verifications have; and by whose clock a made-up one is timed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,23 +15,10 @@ from vllm_del.engine.verification import EvenGraphs, record_decodes, run_made_up
 SIZES, LONGEST, ROWS = [1, 2, 4, 8, 16, 24], 4, 8
 
 
-def even_graphs(mode: CUDAGraphMode) -> EvenGraphs:
-    """As if recorded, without what recording needs: the choice of graphs is vLLM's own."""
-    graphs = object.__new__(EvenGraphs)
-    sizes = SimpleNamespace(cudagraph_capture_sizes=SIZES, max_cudagraph_capture_size=SIZES[-1])
-    without = {"cache_config": SimpleNamespace(use_kda_recoverssm=False), "speculative_config": None}
-    graphs.vllm_config, graphs.compilation_config = SimpleNamespace(**without), sizes  # type: ignore[assignment]
-    graphs.max_num_reqs, graphs.decode_query_len, graphs.varlen_decode = ROWS, LONGEST, False
-    graphs.cudagraph_mode, graphs.lora_capture_cases, graphs.ubatch_runner = mode, [0], None
-    graphs._lora_dispatch_map, graphs._max_lora_case = {}, 0
-    graphs._candidates, graphs._capture_descs, graphs._graphs_captured = {}, {}, True
-    graphs._init_candidates()
-    return graphs
-
-
 @pytest.mark.parametrize("mode", [CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE])
-def test_graphs_for_rows_of_one_length(mode: CUDAGraphMode) -> None:
-    graphs = even_graphs(mode)
+def test_graphs_for_rows_of_one_length(graph_config: Callable[..., Any], mode: CUDAGraphMode) -> None:
+    graphs = EvenGraphs(graph_config(SIZES, ROWS), torch.device("cpu"), mode, LONGEST)
+    graphs._graphs_captured = True
 
     def found(rows: int, tokens: int) -> Any:
         even = tokens // rows if tokens % rows == 0 else None

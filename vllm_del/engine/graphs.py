@@ -37,6 +37,11 @@ SPARSE = 1.25
 """Each size of batch that is recorded is so many times the one before it, but powers of two are all: what waits for
 weights costs little more for a few rows more. vLLM's own sizes are twice as many, and we record each in stages."""
 
+MOST_GRAPHS = 128
+"""No more are recorded, whatever the number of exits: those of the largest batches are left out, whose steps are the
+longest beside their launches. A number and not a time, as all ranks have to record the same. Meant to keep it below 60
+seconds and 1.5 GiB for a model of 8 billion parameters; what it takes is in the log, and has not been measured yet."""
+
 
 @dataclass(frozen=True)
 class Stage(BatchExecutionDescriptor):
@@ -61,6 +66,7 @@ class DraftGraphs(CudaGraphManager):
         # [max_num_reqs] int64: the segment after which each row leaves
         exit: torch.Tensor,
     ) -> None:
+        self._stages = len(segments) + 1
         # A draft step is a decode of one token a row. Layers are recorded with their attention, or not at all.
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
@@ -70,7 +76,7 @@ class DraftGraphs(CudaGraphManager):
         self._input_buffers = input_buffers
         self._exit = exit
         for descs in self._capture_descs.values():
-            descs[:] = [Stage(**vars(desc), index=index) for desc in descs for index in range(len(segments) + 1)]
+            descs[:] = [Stage(**vars(desc), index=index) for desc in descs for index in range(self._stages)]
         # [rows, hidden size] each, made for the largest batch, which is recorded first
         self._layers: Layers | None = None
         self._seconds, self._bytes = 0.0, 0
@@ -80,7 +86,8 @@ class DraftGraphs(CudaGraphManager):
     def _init_candidates(self) -> None:
         sizes = sorted(self.compilation_config.cudagraph_capture_sizes or ())
         self.compilation_config = copy(self.compilation_config)
-        self.compilation_config.cudagraph_capture_sizes = thinned([size for size in sizes if size <= self.max_num_reqs])
+        sizes = thinned([size for size in sizes if size <= self.max_num_reqs])
+        self.compilation_config.cudagraph_capture_sizes = sizes[: max(1, MOST_GRAPHS // self._stages)]
         super()._init_candidates()
 
     def capture_stages(
