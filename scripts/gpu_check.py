@@ -82,6 +82,8 @@ def compared(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((part, found.get(part, {}).get("ended", "not run"), ""))
     if "float32_apart" in found.get("lossless", {}):
         add("lossless in float32: texts apart, at near-ties", len(found["lossless"]["float32_apart"]), 0, most=True)
+    waits = found.get("lossless", {}).get("waits")
+    add("waits for the device while drafting: places", None if waits is None else len(waits), 0, most=True)
     head = found.get("exit_head", {})
     for count, of in head.get("rows", {}).items():
         add(f"exit_head, {count} rows: share of copy bandwidth", of["share_of_bandwidth"], 0.85)

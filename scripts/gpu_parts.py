@@ -6,8 +6,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,73 +16,24 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 # Attention in float32 is Triton's, which else rounds to 10 bits: nothing could be compared word by word.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+if sys.argv[1:2] == ["lossless"]:
+    # Not where time is measured.
+    os.environ.setdefault("VLLM_GPU_SYNC_CHECK", "warn")
 
 import torch
+from gpu_kernels import DEVICE, ROWS, copy_bandwidth, exit_head
 from synthetic import tokens_of
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Where this is tried out on a CPU: vLLM 0.32's attention in bfloat16 uses the tiles of AMX, for which a process has to
 # ask, and dies where nothing asked before, as with matrices too small for oneDNN to take them.
 torch.cpu._init_amx()
 PROMPT_TOKENS = 32
 AGREEMENTS = {"0.9": "easy", "0.8": "hard"}
 """The model's two classes of tokens, by how often the chosen exit agrees."""
-VOCABULARY, HIDDEN, SHORTLIST = 128_256, 4096, 32_768
-ROWS = (16, 8, 4, 2, 1)
-"""The most first, as kernels are tuned by the first call."""
-MORE_ROWS = (128, 512, 64, 32)
-"""Rows of shadow bursts and of large batches, for which nothing was asked. Those of 512 go by the blocks that were
-chosen for 128, as in a server."""
 PLANNED_ROWS = 256
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 1.0}
 """Two tokens whose log-probabilities differ by less may change places: in bfloat16 four steps of it at logits of 32 to
 64, which these models have; in float32 what sums in another order come to, as other kernels verify than decode."""
-
-
-def exit_head(_given: dict[str, Any]) -> dict[str, Any]:
-    """The kernel beside what torch makes of the same, eager and compiled, on the head of an 8B model."""
-    from triton.testing import do_bench
-    from vllm_del.kernels.exit_head import exit_head
-
-    from vllm_del.draft.head import quantise
-
-    def in_torch(states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = (states @ weight.T).float()
-        return logits.argmax(-1), logits.logsumexp(-1)
-
-    def milliseconds(run: Callable[[], Any]) -> float:
-        return do_bench(run, return_mode="median")
-
-    weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE, dtype=torch.bfloat16) * 0.02
-    shortlist = torch.randperm(VOCABULARY, device=DEVICE)[:SHORTLIST].sort().values
-    in_fp8 = None
-    if torch.cuda.get_device_capability() >= (8, 9):
-        in_fp8 = torch.empty(weight.shape, device=DEVICE, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(VOCABULARY, device=DEVICE)
-        quantise(weight, None, in_fp8, scales)
-    speed, rows = copy_bandwidth(), {}
-    for number in MORE_ROWS + ROWS:
-        states = torch.randn(number, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
-        ours = milliseconds(partial(exit_head, states, weight))
-        eager = milliseconds(partial(in_torch, states, weight))
-        # Else the last of so many shapes would not be compiled any more.
-        torch.compiler.reset()
-        fused = milliseconds(partial(torch.compile(in_torch, dynamic=False), states, weight))
-        short = milliseconds(partial(exit_head, states, weight, shortlist=shortlist))
-        rows[str(number)] = {
-            "milliseconds": ours,
-            "torch_eager": eager,
-            "torch_compiled": fused,
-            "shortlist": short,
-            "share_of_bandwidth": weight.nbytes / (ours / 1e3) / speed,
-            "over_torch": min(eager, fused) / ours,
-            "shortlist_over_whole": short / ours,
-        }
-        if in_fp8 is not None:
-            fp8 = milliseconds(partial(exit_head, states, in_fp8, row_scales=scales))
-            rows[str(number)] |= {"fp8": fp8, "fp8_over_whole": fp8 / ours}
-    asked, more = ({str(number): rows[str(number)] for number in of} for of in (ROWS, MORE_ROWS))
-    return {"device": torch.cuda.get_device_name(), "copy_bandwidth": speed, "rows": asked, "more_rows": more}
 
 
 def lossless(given: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +41,7 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
     model = made(Path(given["folder"]), "tiny", 2)
     prompts = [prompt for name in AGREEMENTS for prompt in prompts_of(model, name, given["texts"])]
     found: dict[str, Any] = {}
+    waits = watched_waits()
     # One that is gone takes with it what others in this process need.
     engines = []
     for dtype in ("float32", "bfloat16"):
@@ -100,7 +52,7 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
         for spec in (None, {"method": "del", **fields}):
             # Of few sizes, so that engines are up soon; and with the model's own head, which is tuned for each type.
             options = {"max_num_seqs": 64, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
-            options |= {"gpu_memory_utilization": 0.2} | given.get("engine", {})
+            options |= {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 28} | given.get("engine", {})
             llm = engine(model, spec, dtype=dtype, **options)
             engines.append(llm)
             texts.append([output.outputs[0] for output in generate(llm, prompts, given["tokens"], logprobs=5)])
@@ -113,7 +65,21 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
         assert all(difference is not None for difference in apart), (
             f"a text differs in {dtype} where there is no near-tie: {apart}"
         )
-    return found
+    # Those of vLLM's own are no matter of ours.
+    ours = {place: number for place, number in waits.items() if "/vllm_del/" in place}
+    return found | {"waits": ours, "waits_of_vllm": len(waits) - len(ours)} if DEVICE == "cuda" else found
+
+
+def watched_waits() -> Counter[str]:
+    """By file and line, how often a step waits for the device from now on: as vLLM's own check of that sees it."""
+    waits: Counter[str] = Counter()
+
+    def noted(message: Any, _category: Any, file: str, line: int, *_: Any) -> None:
+        if "synchronizing CUDA operation" in str(message) or "GPU<->CPU sync" in str(message):
+            waits[f"{file}:{line}"] += 1
+
+    warnings.showwarning = noted
+    return waits
 
 
 def _num_graphs(worker: Any) -> int:
@@ -230,6 +196,9 @@ def engine(model: Path, spec: dict[str, Any] | None, **options: Any) -> Any:
     """vLLM as it comes, but for the longest text; with statistics, so that drafts are counted."""
     from vllm import LLM
 
+    if DEVICE == "cpu":
+        # There it asks for nearly all that the machine has, and does not start where something else has some of it.
+        options.setdefault("gpu_memory_utilization", 0.3)
     return LLM(
         str(model),
         speculative_config=spec,
@@ -280,22 +249,6 @@ def kv_cache_bytes(llm: Any) -> int:
 
 def _kv_cache_bytes(worker: Any) -> int:
     return sum(tensor.size for tensor in worker.model_runner.kv_cache_config.kv_cache_tensors)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a large copy on the device."""
-    source = torch.zeros(1 << 30 if DEVICE == "cuda" else 1 << 26, dtype=torch.uint8, device=DEVICE)
-    to, seconds = torch.empty_like(source), []
-    if DEVICE == "cuda":
-        from triton.testing import do_bench
-
-        # By the device's clock, as kernels are.
-        return 2 * source.nbytes / (do_bench(lambda: to.copy_(source), return_mode="median") / 1e3)
-    for _ in range(12):
-        begin = time.perf_counter()
-        to.copy_(source)
-        seconds.append(time.perf_counter() - begin)
-    return 2 * source.nbytes / median(seconds[2:])
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
     from gpu_check import compared
 
     found: dict[str, Any] = {
-        "lossless": {"float32_apart": [1e-5]},
+        "lossless": {"float32_apart": [1e-5], "waits": {}},
         "off": {"tokens_per_second": {"0.9 x1": 100.0, "0.8 x1": 100.0, "0.8 x8": 500.0}, "kv_cache_bytes": 1000},
         "del": {
             "tokens_per_second": {"0.9 x1": 210.0, "0.8 x1": 140.0, "0.8 x8": 480.0},
@@ -71,6 +71,7 @@ def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
     reached = {what: verdict.split(",")[0] for what, _, verdict in compared(found) if verdict}
     assert reached == {
         "lossless in float32: texts apart, at near-ties": "NO",
+        "waits for the device while drafting: places": "yes",
         "planning for 256 rows, of a verification": "yes",
         "draft step, 1 rows: time over bytes / bandwidth": "yes",
         "draft step, 16 rows: time over bytes / bandwidth": "NO",
@@ -105,3 +106,17 @@ def test_near_ties(scripts: None) -> None:
     assert near_tie(text(1, 1), text(1, 2), "float32") is None
     assert near_tie(text(1, 1), text(1, 3), "bfloat16") is None
     assert near_tie(text(1, 1), text(1, 9), "bfloat16") is None
+
+
+def test_waits_are_counted_by_place(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM says them where its check is on: torch's warning, and its own."""
+    import warnings
+
+    from gpu_parts import watched_waits
+    from vllm.utils.gpu_sync_debug import _TORCH_SYNC_WARNING, IMPLICIT_SYNC_ERROR_MESSAGE
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    waits = watched_waits()
+    for text in (_TORCH_SYNC_WARNING, f"copy_ {IMPLICIT_SYNC_ERROR_MESSAGE}", "another matter"):
+        warnings.warn_explicit(text, UserWarning, "/x/vllm_del/draft/decide.py", 7, registry={})
+    assert dict(waits) == {"/x/vllm_del/draft/decide.py:7": 2}
