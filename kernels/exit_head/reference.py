@@ -28,6 +28,7 @@ def exit_head(
     states: torch.Tensor,
     # [vocabulary, hidden size], the type of `states`, or float8_e4m3fn (on GPUs that have it): the LM head or a shard
     weight: torch.Tensor,
+    *,
     # [hidden size]: of the RMS norm before the head
     norm_weight: torch.Tensor | None = None,
     epsilon: float = 1e-6,

@@ -60,6 +60,7 @@ def exit_head(states: torch.Tensor, weight: torch.Tensor, **options: Any) -> Hea
 def sweep(
     states: torch.Tensor,
     weight: torch.Tensor,
+    *,
     norm_weight: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     soft_cap: float | None = None,
@@ -73,7 +74,7 @@ def sweep(
     """What each part of the vocabulary says of one row or more, [parts, rows] each; with the options of `exit_head`."""
     num_rows, hidden_size = states.shape
     vocabulary = len(weight) if shortlist is None else len(shortlist)
-    rows = min(MOST_ROWS, max(ROWS, triton.next_power_of_2(num_rows)))
+    rows = rows_together(num_rows)
     # The same for any number of rows: each other number of parts would be compiled apart.
     parts = min(PROGRAMS_PER_PROCESSOR * _processors(states.device), triton.cdiv(vocabulary, LEAST_TOKENS))
     of_parts = _empty(parts, num_rows, device=states.device)
@@ -104,6 +105,11 @@ def sweep(
         **({} if on_gpu else SHAPES[0].all_kwargs()),
     )
     return of_parts
+
+
+def rows_together(num_rows: int) -> int:
+    """How many rows a program computes together: each number is compiled, and tuned, apart."""
+    return min(MOST_ROWS, max(ROWS, triton.next_power_of_2(num_rows)))
 
 
 def merging(parts: HeadTokens) -> tuple[tuple[int], dict[str, int]]:

@@ -133,7 +133,7 @@ def test_exit_rows(compile_for: Callable[..., Compiled], tmp_path: Path) -> None
     check(compiled, 90, {"_copy"}, tmp_path)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [0, 1, 2])
 @pytest.mark.parametrize("ends_a_step", [False, True])
 def test_advance_rows(compile_for: Callable[..., Compiled], tmp_path: Path, groups: int, ends_a_step: bool) -> None:
     from vllm_del.kernels.advance_rows import Said
