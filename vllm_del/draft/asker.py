@@ -81,20 +81,21 @@ class Asker:
         # [rows] int64
         slots: torch.Tensor,
         verified: Verified,
-    ) -> None:
-        """Seed the statistics of sequences whose prompt ends here, with what the target says within the prompt."""
+    ) -> tuple[torch.Tensor, ...]:
+        """What the target says within prompts that end here, as `AcceptanceStatistics.observe` takes it; nothing if
+        nobody is asked."""
         if not self.asks_all and self._drafts_tell():
-            return
+            return ()
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)
         back = upload([1 + i for _, positions in verified.ended for i in range(positions)], slots.device)
         exits = torch.arange(self._num_exits, device=slots.device)
         if not self.asks_all and self._could_win is not None:
             exits = exits[self._could_win]
         if not (each := len(exits)):
-            return
+            return ()
         number = self._shadow.affordable(len(row) * each, len(row) * each) // each
         if not number:
-            return
+            return ()
         chosen = self._shadow.choose(torch.ones_like(row, dtype=torch.bool), number)
         row, back = row[chosen], back[chosen]
         at = verified.start[row] - back
@@ -110,8 +111,7 @@ class Asker:
         matched[where], confidence[where] = agrees, probability
         # Of tensors on the device: a plain `True` would be copied there, and the host would wait.
         scored[where] = torch.ones_like(agrees)
-        # A round of its own, before those of the drafts.
-        self._statistics.observe(slots, *(values.unsqueeze(0) for values in (matched, confidence, scored)))
+        return tuple(values.unsqueeze(0) for values in (matched, confidence, scored))
 
     def _drafts_tell(self) -> bool:
         """Whether sequences are so alike that what others drafted tells more of a new one than all of its prompt, and

@@ -115,17 +115,20 @@ class DynamicPolicy:
         choice, self._choice = self._choice, None
         if choice is not None and self.pace is not None and not self.pace.is_due(self._drafts):
             self._choice = choice if choice.slots is slots else choice.of(slots, fresh, self.num_slots)
-        if verified.ended:
-            self.asker.in_prompts(slots, verified)
+        of_prompts = self.asker.in_prompts(slots, verified) if verified.ended else ()
         if verified.longest or self._choice is None:
             self._outcomes.append(outcome)
+        if self._choice is None:
+            matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
+            self._outcomes.clear()
+            # The states of this round are there to ask the other exits.
+            self.asker.after_drafts(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
+            self.statistics.observe(slots, matched, confidence, scored)
+        if of_prompts:
+            # Of the same round as what follows the prompt, as in the paper.
+            self.statistics.observe(slots, *of_prompts, anew=False)
         if self._choice is not None:
             return
-        matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
-        self._outcomes.clear()
-        # The states of this round are there to ask the other exits.
-        self.asker.after_drafts(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
-        self.statistics.observe(slots, matched, confidence, scored)
         self._observing = time.perf_counter() - begun - (self.shadow.seconds - scored_before)
 
     def rest(self, slots: torch.Tensor, contexts: int, allowed: int) -> bool:
