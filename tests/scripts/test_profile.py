@@ -14,6 +14,9 @@ from vllm_del import cli
 from vllm_del.policy.cost import Correction, MeasuredCosts
 from vllm_del.policy.predict import ExitProfile, Profile
 
+# Beside other tests there is less memory than vLLM asks for on a CPU.
+ENGINE = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26}
+
 COSTS = MeasuredCosts(0.0, (1, 64), (1e-3, 2e-3), (1, 512), (1e-3, 2e-3), (1, 448), (16e-3, 32e-3))
 
 
@@ -28,7 +31,7 @@ def test_the_demo_model(tmp_path: Path) -> None:
     prompts.write_text("import os\\n\\n\\ndef walk(top):\\n\n\nclass Stack:\\n    def __init__(self):\\n\n")
     command = [str(Path(sys.executable).with_name("vllm-del")), "profile", str(DEMO_MODEL), "--json", "--batch", "4"]
     command += ["--prompts", str(prompts), "--max-tokens", "48", "--exits", "2,4,6", "--plot", str(tmp_path / "p.png")]
-    command += ["--engine-args", json.dumps({"dtype": "float32", "max_model_len": 256, "enforce_eager": True})]
+    command += ["--engine-args", json.dumps(ENGINE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -50,7 +53,7 @@ def test_a_draft_vocabulary_costs_agreement(tmp_path: Path) -> None:
     prompts.write_text("import os\\n\\n\\ndef walk(top):\\n\n")
     options = ["--json", "--batch", "1", "--prompts", str(prompts), "--max-tokens", "48", "--exits", "4,6"]
     options += ["--draft-vocab", "300", "--max-draft", "2"]
-    options += ["--engine-args", json.dumps({"dtype": "float32", "max_model_len": 256, "enforce_eager": True})]
+    options += ["--engine-args", json.dumps(ENGINE)]
     command = [str(Path(sys.executable).with_name("vllm-del")), "profile", str(DEMO_MODEL), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
