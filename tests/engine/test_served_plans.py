@@ -3,6 +3,7 @@
 With made-up costs, beside which planning takes nothing, every other test on an engine plans in every round.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.engine import host as engines
 from tests.engine.checkpoints import checkpoint
 from tests.engine.host import Arrival, Host
 from tests.engine.test_drafts import drafter_of
+from vllm_del.draft import tally
 from vllm_del.draft.clock import Pace
 from vllm_del.draft.loop import Plan
 
@@ -83,6 +85,8 @@ def _expect_nothing(model: str, rounds: int) -> None:
 
     drafter = drafter_of(engines._engine(model, SPEC, ENGINE))
     policy, operations = drafter.policy, []
+    # Counts are told after some time, of which steps in an interpreter take much.
+    tally.FLUSH_SECONDS = math.inf
     estimate, rest, propose = policy.statistics.estimate, policy.rest, drafter.propose
     drafter.counted_operations = operations
 
@@ -109,6 +113,7 @@ def _operations(model: str) -> list[tuple[int, bool]]:
     """Of each round: how many, and whether it was passed over."""
     drafter = drafter_of(engines._engine(model, SPEC, ENGINE))
     del drafter.policy.statistics.estimate, drafter.policy.rest, drafter.propose
+    tally.FLUSH_SECONDS = 0.1
     return [(number, rests) for number, rests in drafter.counted_operations]
 
 

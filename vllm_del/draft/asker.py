@@ -82,8 +82,8 @@ class Asker:
         slots: torch.Tensor,
         verified: Verified,
     ) -> tuple[torch.Tensor, ...]:
-        """What the target says within prompts that end here, as `AcceptanceStatistics.observe` takes it; nothing if
-        nobody is asked."""
+        """What the target says within prompts that end here, as `AcceptanceStatistics.observe` takes it of one round;
+        nothing if nobody is asked."""
         if not self.asks_all and self._drafts_tell():
             return ()
         row = upload([row for row, positions in verified.ended for _ in range(positions)], slots.device)

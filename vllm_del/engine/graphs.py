@@ -38,9 +38,9 @@ SPARSE = 1.25
 weights costs little more for a few rows more. vLLM's own sizes are twice as many, and we record each in stages."""
 
 MOST_GRAPHS = 128
-"""No more are recorded, whatever the number of exits: those of the largest batches are left out, whose steps are the
-longest beside their launches. A number and not a time, as all ranks have to record the same. Meant to keep it below 60
-seconds and 1.5 GiB for a model of 8 billion parameters; what it takes is in the log, and has not been measured yet."""
+"""No more are recorded, unless two sizes are: with many exits every other size is left out. A number and not a time, as
+all ranks have to record the same. Meant to keep it below 60 seconds and 1.5 GiB for a model of 8 billion parameters;
+what it takes is in the log, and has not been measured yet."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class DraftGraphs(CudaGraphManager):
     def _init_candidates(self) -> None:
         sizes = sorted(self.compilation_config.cudagraph_capture_sizes or ())
         self.compilation_config = copy(self.compilation_config)
-        sizes = thinned([size for size in sizes if size <= self.max_num_reqs])
-        self.compilation_config.cudagraph_capture_sizes = sizes[: max(1, MOST_GRAPHS // self._stages)]
+        sizes = thinned([size for size in sizes if size <= self.max_num_reqs], MOST_GRAPHS // self._stages)
+        self.compilation_config.cudagraph_capture_sizes = sizes
         super()._init_candidates()
 
     def capture_stages(
@@ -177,10 +177,13 @@ class DraftGraphs(CudaGraphManager):
                 kept[:rows].copy_(value)
 
 
-def thinned(sizes: Sequence[int]) -> list[int]:
-    """Of ascending sizes those that `SPARSE` leaves, and powers of two, and the largest."""
+def thinned(sizes: Sequence[int], most: int) -> list[int]:
+    """Of ascending sizes those that `SPARSE` leaves, and powers of two, and the largest; of these every other one, and
+    so on, down to `most`, but never less than the smallest and the largest."""
     kept: list[int] = []
     for size in sizes:
         if not kept or size >= SPARSE * kept[-1] or size & (size - 1) == 0 or size == sizes[-1]:
             kept.append(size)
+    while len(kept) > max(2, most):
+        kept = [*kept[:1], *kept[1:][::-2][::-1]]
     return kept

@@ -65,8 +65,6 @@ class AcceptanceStatistics:
         confidence: torch.Tensor,
         # [rounds, rows, positions, exits] bool: which were scored, of the positions that count
         scored: torch.Tensor,
-        # whether what was seen of these sequences before is of an earlier round
-        anew: bool = True,
     ) -> None:
         """Add rounds, and let those before them fade.
 
@@ -80,7 +78,7 @@ class AcceptanceStatistics:
         # [rounds, rows, exits, 2] twice, and [rounds, rows, exits]
         counts, sums = outcome.sum(2), torch.where(outcome, seen.unsqueeze(-1), 0).sum(2)
         in_round = scored.any(2)
-        kept, weight = fading(in_round, self.decay if anew else 1.0)
+        kept, weight = fading(in_round, self.decay)
         before = self._counts[slots]
         self.population.observe(counts.double(), before)
         self._counts[slots] = before * kept.unsqueeze(-1) + (counts * weight.unsqueeze(-1)).sum(0)
