@@ -28,6 +28,7 @@ PARTS = {
     "off": [],
     "del": [],
     "lossless": [],
+    "waits": [],
     # They run here: there is no need to compile them for other GPUs.
     "kernels": [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
@@ -36,7 +37,7 @@ PARTS = {
 }
 """What is run, in this order. Where nothing stands, it is the function of gpu_parts.py of this name."""
 
-LONGEST = {"exit_head": 75.0, "model": 75.0, "off": 110.0, "del": 150.0, "lossless": 100.0}
+LONGEST = {"exit_head": 75.0, "model": 75.0, "off": 110.0, "del": 150.0, "lossless": 100.0, "waits": 60.0}
 """Seconds, of parts that others must not wait for: what comes last has what is left."""
 
 
@@ -82,7 +83,7 @@ def compared(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((part, found.get(part, {}).get("ended", "not run"), ""))
     if "float32_apart" in found.get("lossless", {}):
         add("lossless in float32: texts apart, at near-ties", len(found["lossless"]["float32_apart"]), 0, most=True)
-    waits = found.get("lossless", {}).get("waits")
+    waits = found.get("waits", {}).get("waits")
     add("waits for the device while drafting: places", None if waits is None else len(waits), 0, most=True)
     head = found.get("exit_head", {})
     for count, of in head.get("rows", {}).items():

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,8 +15,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 # Attention in float32 is Triton's, which else rounds to 10 bits: nothing could be compared word by word.
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-if sys.argv[1:2] == ["lossless"]:
-    # Not where time is measured.
+if sys.argv[1:2] == ["waits"]:
     os.environ.setdefault("VLLM_GPU_SYNC_CHECK", "warn")
 
 import torch
@@ -41,7 +39,6 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
     model = made(Path(given["folder"]), "tiny", 2)
     prompts = [prompt for name in AGREEMENTS for prompt in prompts_of(model, name, given["texts"])]
     found: dict[str, Any] = {}
-    waits = watched_waits()
     # One that is gone takes with it what others in this process need.
     engines = []
     for dtype in ("float32", "bfloat16"):
@@ -65,18 +62,42 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
         assert all(difference is not None for difference in apart), (
             f"a text differs in {dtype} where there is no near-tie: {apart}"
         )
-    # Those of vLLM's own are no matter of ours.
-    ours = {place: number for place, number in waits.items() if "/vllm_del/" in place}
-    return found | {"waits": ours, "waits_of_vllm": len(waits) - len(ours)} if DEVICE == "cuda" else found
+    return found
 
 
-def watched_waits() -> Counter[str]:
-    """By file and line, how often a step waits for the device from now on: as vLLM's own check of that sees it."""
-    waits: Counter[str] = Counter()
+def waits(given: dict[str, Any]) -> dict[str, Any]:
+    """Where steps that draft wait for the device, by vLLM's own check, which sees operations and copies, no events."""
+    model, ours, seen = made(Path(given["folder"]), "tiny", 2), our_folders(), watched_waits()
+    spec = {"method": "del", "del_objective": "tpl", "del_exit_layers": [2, 4], "num_speculative_tokens": 6}
+    options = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 28} | given.get("engine", {})
+    llm = engine(model, spec, dtype="bfloat16", max_num_seqs=64, **options)
+    prompts = [prompt for name in AGREEMENTS for prompt in prompts_of(model, name, given["texts"])]
+    generate(llm, prompts, given["tokens"])
+    assert accepted(llm) > 0, "nothing was drafted: there is nothing to see"
+    # Those of vLLM's own are no matter of ours; on a CPU nothing is checked.
+    mine = sorted(place for place in seen if any(folder in Path(place).parents for folder in ours))
+    return {"waits": mine if DEVICE == "cuda" else None, "waits_of_vllm": len(seen) - len(mine)}
 
-    def noted(message: Any, _category: Any, file: str, line: int, *_: Any) -> None:
+
+def our_folders() -> list[Path]:
+    """Of the package, and of the kernels, which lie elsewhere in a clone."""
+    import vllm_del.kernels
+
+    import vllm_del
+
+    return [Path(folder).resolve() for module in (vllm_del, vllm_del.kernels) for folder in module.__path__]
+
+
+def watched_waits() -> set[str]:
+    """By file and line, where a step waits for the device from now on."""
+    waits: set[str] = set()
+    show = warnings.showwarning
+
+    def noted(message: Any, category: Any, file: str, line: int, *more: Any) -> None:
         if "synchronizing CUDA operation" in str(message) or "GPU<->CPU sync" in str(message):
-            waits[f"{file}:{line}"] += 1
+            waits.add(f"{Path(file).resolve()}:{line}")
+        else:
+            show(message, category, file, line, *more)
 
     warnings.showwarning = noted
     return waits
@@ -252,7 +273,8 @@ def _kv_cache_bytes(worker: Any) -> int:
 
 
 if __name__ == "__main__":
-    parts = {"exit_head": exit_head, "model": model, "off": off, "del": with_drafts, "lossless": lossless}
+    parts = {"exit_head": exit_head, "model": model, "off": off, "del": with_drafts}
+    parts |= {"lossless": lossless, "waits": waits}
     figures = parts[sys.argv[1]](json.loads(sys.argv[2]))
     print(json.dumps(figures), flush=True)
     # Engines that fall apart at the end would take the figures with them.

@@ -75,15 +75,16 @@ def test_attention_that_replays_even_rows_alone(host: Host, checkpoints: Path) -
     assert expected[3].accepted > 0
 
 
-def test_costs_are_those_of_graphs(host: Host, checkpoints: Path) -> None:
+@pytest.mark.parametrize("even", [False, True])
+def test_costs_are_those_of_graphs(host: Host, checkpoints: Path, even: bool) -> None:
     """What is measured at start is what serves, and leaves nothing behind."""
     model = checkpoint(checkpoints, "llama")
     expected = host.generate(model, PROMPTS, GREEDY, FIXED, **ENGINE)
-    with _recorded(host, model, FIXED):
-        replays = host.call(_rehearse, model, FIXED)
+    with _recorded(host, model, FIXED, even):
+        replays = host.call(_rehearse, model, FIXED, even)
         again = host.generate(model, PROMPTS, GREEDY, FIXED, **ENGINE)
-    # Twice three steps of two rows; five tokens, padded to sixteen; two, padded to four.
-    assert replays == {(4, 0): 6, (4, 1): 6, (16, None): 1, (4, None): 1}
+    # Twice three steps of two rows; five tokens, of rows of any length padded to sixteen; two, padded to four.
+    assert replays == {(4, 0): 6, (4, 1): 6, (4, None): 1} | ({} if even else {(16, None): 1})
     assert again == expected
 
 
@@ -175,12 +176,13 @@ def _forget(model: str, spec: dict[str, Any]) -> None:
     del runner.model_state.prepare_attn
 
 
-def _rehearse(model: str, spec: dict[str, Any]) -> dict[tuple[int, int | None], int]:
+def _rehearse(model: str, spec: dict[str, Any], even: bool) -> dict[tuple[int, int | None], int]:
     """In the engine's process: what was replayed."""
     from vllm_del.engine.rehearsal import Rehearsal
 
     runner = _runner(model, spec)
     rehearsal = Rehearsal(runner.speculator)
+    assert rehearsal.even == even
     rehearsal.at_once = 2  # as on a GPU, where it is a few
     rehearsal.drafting(2, 1, 20)()
     rehearsal.verify(5, 4, 20)

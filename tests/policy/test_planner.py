@@ -28,6 +28,7 @@ def costs(
     step: float = 0.1,
     base: float = 16.0,
     of_context: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    uneven: float = 0.0,
 ) -> CostTables:
     """Of a model of 16 layers: a base and a part by row, as memory-bound hardware has them.
 
@@ -48,6 +49,7 @@ def costs(
             layer_context=of_context[0],
             verify_context=of_context[1],
             token_context=of_context[2],
+            uneven=uneven,
         ),
         max_rows=ROWS,
         max_length=LENGTH,
@@ -73,6 +75,8 @@ def goodput(
     )
     seconds = float(tables.verify[len(plan) + sum(length for _, length in plan)])
     seconds += tables.verify_context * sum(context)
+    if len(plan) > 1 and any(length for _, length in plan):
+        seconds += tables.measured.uneven
     for (exit, length), tokens_before in zip(plan, context, strict=True):
         of_draft = DEPTHS[exit] * tables.layer_context + tables.token_context
         seconds += length * (tokens_before - CONTEXT) * of_draft
@@ -101,11 +105,12 @@ rates = st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2).map(sorted)
     head=st.floats(0.0, 4.0),
     token=st.floats(0.0, 3.0),
     of_context=st.tuples(st.floats(0.0, 0.01), st.floats(0.0, 0.1), st.floats(0.0, 0.01)),
+    uneven=st.sampled_from([0.0, 2.0]),
     seed=st.integers(0, 99),
 )
-def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, of_context, seed) -> None:
+def test_goodput_is_that_of_the_best_plan(acceptance, layer, layer_row, head, token, of_context, uneven, seed) -> None:
     """Within what hysteresis leaves, and the planner's one approximation: that every step goes as deep as the first."""
-    tables = costs(layer, layer_row, head, token, of_context=of_context)
+    tables = costs(layer, layer_row, head, token, of_context=of_context, uneven=uneven)
     rng = random.Random(seed)
     limit = [rng.choice([0, LENGTH, LENGTH]) for _ in acceptance]
     context = [rng.choice([CONTEXT, 500, 3000]) for _ in acceptance]
@@ -176,6 +181,17 @@ def test_a_long_context_makes_drafts_dear() -> None:
     context = torch.tensor([CONTEXT, 8000])
     decision = settled(planner, torch.full((2, 2), 0.9), torch.full((2,), LENGTH), context)
     assert decision.length.tolist() == [LENGTH, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_verifications_of_rows_that_draft_may_cost_more(rows: int) -> None:
+    """As much as keeps several sequences from drafting, which each of them alone would do."""
+    tables = costs(layer=0.5, layer_row=0.0, head=0.5, token=0.1, uneven=60.0)
+    planner, limit = Planner(torch.tensor(DEPTHS), tables, LENGTH), torch.full((rows,), LENGTH)
+    decision = settled(planner, torch.full((rows, 2), 0.9), limit)
+    assert bool(decision.length.any()) == (rows == 1)
+    more = tables.round_seconds(rows, 2 * rows, rows * CONTEXT) - tables.verify_seconds(2 * rows, rows * CONTEXT)
+    assert more == pytest.approx(60.0 if rows == 2 else 0.0)
 
 
 def test_a_draft_is_worth_its_own_time_and_a_step_the_rest() -> None:

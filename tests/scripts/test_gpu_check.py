@@ -28,7 +28,7 @@ def test_parts_run_on_a_small_model(tmp_path: Path) -> None:
     (model / "synthetic.json").write_text("{}")
     model.rename(tmp_path / "tiny-exit-2")
     out = tmp_path / "check.json"
-    options = "--parts model,lossless,del --shape tiny --exit 2 --batches 1 --texts 1 --tokens 16 --eager"
+    options = "--parts model,lossless,waits,del --shape tiny --exit 2 --batches 1 --texts 1 --tokens 16 --eager"
     options += f" --out {out} --folder {tmp_path}"
     command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
@@ -36,6 +36,7 @@ def test_parts_run_on_a_small_model(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["lossless"]["float32_drafted"] > 0
     assert found["lossless"]["float32_apart"] == []
+    assert found["waits"]["waits"] is None, "there is no device to wait for"
     assert found["del"]["tokens_per_second"].keys() == {"0.9 x1", "0.8 x1"}
     assert found["del"]["draft_step_over_bytes"].keys() == {"1", "2", "4", "8", "16"}
     assert 0 < found["del"]["planning_over_verification"] < 10
@@ -57,7 +58,8 @@ def test_figures_are_held_against_what_is_asked_for(scripts: None) -> None:
     from gpu_check import compared
 
     found: dict[str, Any] = {
-        "lossless": {"float32_apart": [1e-5], "waits": {}},
+        "lossless": {"float32_apart": [1e-5]},
+        "waits": {"waits": []},
         "off": {"tokens_per_second": {"0.9 x1": 100.0, "0.8 x1": 100.0, "0.8 x8": 500.0}, "kv_cache_bytes": 1000},
         "del": {
             "tokens_per_second": {"0.9 x1": 210.0, "0.8 x1": 140.0, "0.8 x8": 480.0},
@@ -108,15 +110,26 @@ def test_near_ties(scripts: None) -> None:
     assert near_tie(text(1, 1), text(1, 9), "bfloat16") is None
 
 
-def test_waits_are_counted_by_place(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM says them where its check is on: torch's warning, and its own."""
+def test_waits_are_told_by_place(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM says them where its check is on, through its own hook: torch's warning, and its own of copies."""
     import warnings
 
-    from gpu_parts import watched_waits
-    from vllm.utils.gpu_sync_debug import _TORCH_SYNC_WARNING, IMPLICIT_SYNC_ERROR_MESSAGE
+    import vllm_del.kernels.exit_head
+    from gpu_parts import our_folders, watched_waits
+    from vllm.utils import gpu_sync_debug
 
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    waits = watched_waits()
-    for text in (_TORCH_SYNC_WARNING, f"copy_ {IMPLICIT_SYNC_ERROR_MESSAGE}", "another matter"):
-        warnings.warn_explicit(text, UserWarning, "/x/vllm_del/draft/decide.py", 7, registry={})
-    assert dict(waits) == {"/x/vllm_del/draft/decide.py:7": 2}
+    import vllm_del.draft.decide
+
+    ours = [Path(module.__file__) for module in (vllm_del.draft.decide, vllm_del.kernels.exit_head)]
+    assert all(any(folder in file.parents for folder in our_folders()) for file in ours)
+    assert not any(folder in Path(gpu_sync_debug.__file__).parents for folder in our_folders())
+    with warnings.catch_warnings():
+        waits = watched_waits()
+        gpu_sync_debug._install_warning_hook()
+        monkeypatch.setattr(gpu_sync_debug, "_sync_filter_head", None)
+        checking = gpu_sync_debug._checking.set("warn")
+        of_copies = f"copy_ {gpu_sync_debug.IMPLICIT_SYNC_ERROR_MESSAGE}"
+        for line, text in enumerate((gpu_sync_debug._TORCH_SYNC_WARNING, of_copies, "another matter")):
+            warnings.warn_explicit(text, UserWarning, str(ours[0]), line, registry={})
+        gpu_sync_debug._checking.reset(checking)
+    assert waits == {f"{ours[0].resolve()}:{line}" for line in (0, 1)}

@@ -13,6 +13,7 @@ from vllm_del.policy.cost import MeasuredCosts
 EXITS = [2, 4]
 
 measure_seconds = measure._seconds
+MEASURE = measure._measure
 
 
 class Machine:
@@ -47,6 +48,44 @@ class Machine:
         )
 
 
+class Rows:
+    """A machine on which a verification of several rows takes half a second more where they are of several tokens."""
+
+    steps, at_once, verify_each, context, long_context = 3, 2, 4, 40, 40
+
+    def __init__(self, even: bool) -> None:
+        self.even = even
+        self.verified: set[tuple[int, int]] = set()
+
+    def drafting(self, rows: int, exits: int, context: int) -> Any:
+        return lambda: self.steps * (1.0 + exits)
+
+    def head(self, rows: int) -> float:
+        return 0.5
+
+    def verify(self, tokens: int, each: int, context: int) -> float:
+        self.verified.add((tokens, each))
+        assert -(-tokens // each) <= 8, "there are no more rows"
+        return 16.0 + tokens / 8 + (0.5 if self.even and tokens > each > 1 else 0.0)
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_verifications_of_rows_of_several_lengths(machine: "Machine", even: bool) -> None:
+    """Where they run in another way, the table is of such as draft nothing, and what is more is a time of its own."""
+    scheduler = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=4096)
+    config: Any = SimpleNamespace(scheduler_config=scheduler, num_speculative_tokens=3)
+    rehearsal: Any = Rows(even)
+    measured = MEASURE(config, rehearsal, EXITS)
+    assert measured.uneven == (0.5 if even else 0.0)
+    assert measured.verify_each == (1 if even else 4)
+    as_table = dict(zip(measured.tokens, measured.verify, strict=True))
+    assert {tokens: seconds for tokens, seconds in as_table.items() if tokens <= 8} == {
+        tokens: 16.0 + tokens / 8 for tokens in (*range(1, 9),)
+    }
+    assert as_table[32] == 20.0 + 0.5 * even
+    assert MeasuredCosts.from_json(measured.to_json()) == measured
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     machine = Machine()
@@ -54,7 +93,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setattr(measure, "get_tp_group", lambda: group)
     monkeypatch.setattr(measure, "_path", lambda *_: tmp_path / "vllm_del" / "costs.json")
     monkeypatch.setattr(measure, "_measure", machine.measure)
-    monkeypatch.setattr(measure, "_seconds", lambda run: run())
+    monkeypatch.setattr(measure, "_seconds", lambda run, *_, **__: run())
     return machine
 
 

@@ -30,7 +30,7 @@ from vllm_del.policy.cost import SHADOW_ROWS, MeasuredCosts, split_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
-FORMAT = 9
+FORMAT = 10
 """Of the file; another one is not read."""
 
 REPEATS = (2, 8)
@@ -135,8 +135,12 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         """Of a draft step to the first exit, and to the last one."""
         return [_seconds(rehearsal.drafting(rows, n, near), visit=visit) / rehearsal.steps for n in (1, len(exits))]
 
+    # Where it is of account, rows of one token, as without drafts, as far as there are rows.
+    most_rows, in_table = config.max_num_seqs, 1 if rehearsal.even else each
+
     def verify_seconds(tokens: int, visit: int) -> list[float]:
-        return [_seconds(lambda: rehearsal.verify(tokens, each, near), visit=visit)]
+        of_row = max(in_table, -(-tokens // most_rows))
+        return [_seconds(lambda: rehearsal.verify(tokens, of_row, near), visit=visit)]
 
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
@@ -156,9 +160,13 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         head=tuple(head[:, 0].tolist()),
         tokens=tuple(tokens),
         verify=tuple(verify[:, 0].tolist()),
-        verify_each=each,
+        verify_each=in_table,
         context=near,
     )
+    if rehearsal.even and most_rows > 2 and each > 1:
+        # Three tokens of two rows beside three of three.
+        apart, alike = (_seconds(partial(rehearsal.verify, 3, of_row, near)) for of_row in (2, 1))
+        measured = replace(measured, uneven=max(0.0, apart - alike))
     if far < 2 * near or each == 1:
         return measured
 

@@ -35,6 +35,8 @@ from vllm_del.kernels.advance_rows import PAD_SLOT
 class DelProposer(DraftModelProposer):
     """Drafts for the V1 runner. On a CPU all of it is immediate: the device is the host."""
 
+    even: bool = False
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner

@@ -32,6 +32,11 @@ class Performer(Protocol):
     compact: bool
     """Whether it takes rows that are done out of a round."""
 
+    @property
+    def even(self) -> bool:
+        """Whether a verification of several rows runs otherwise where they are not all of one length."""
+        ...
+
     def made_up_round(self, rows: int, longest: int) -> tuple[DraftRows, Forward]:
         """What a round of at least so many rows, of contexts up to `longest` tokens, would draft with."""
         ...
@@ -59,6 +64,7 @@ class Rehearsal:
         budget = config.scheduler_config.max_num_batched_tokens
         self.verify_each = max(1, min(1 + config.num_speculative_tokens, budget, max_model_len - 1))
         most = max(1, max_model_len - self.verify_each)
+        self.even = performer.even
         self.at_once = 1 if self._device.type == "cpu" else AT_ONCE
         self._steps_of_round = min(STEPS, self.verify_each)
         self.steps = self.at_once * self._steps_of_round

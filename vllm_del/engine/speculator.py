@@ -34,7 +34,7 @@ from vllm_del.engine.messages import Allowance, Report
 from vllm_del.engine.setup import make_policy
 from vllm_del.engine.slots import Slots
 from vllm_del.engine.steps import on_v2
-from vllm_del.engine.verification import record_decodes, run_made_up
+from vllm_del.engine.verification import EvenGraphs, record_decodes, run_made_up
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -99,6 +99,10 @@ class DelSpeculator(DraftModelSpeculator):
         if self.graphs is not None:
             self.graphs.log()
         self.policy = make_policy(self)
+
+    @property
+    def even(self) -> bool:
+        return isinstance(self.runner.cudagraph_manager, EvenGraphs)
 
     def made_up_round(self, rows: int, longest: int) -> tuple[DraftRows, Forward]:
         assert self.graphs is not None

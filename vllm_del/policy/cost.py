@@ -37,6 +37,8 @@ class MeasuredCosts:
     layer_context: float = 0.0
     verify_context: float = 0.0
     token_context: float = 0.0
+    # what a verification of several rows takes more where these are not all of one length
+    uneven: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -63,7 +65,7 @@ class MeasuredCosts:
                 raise ValueError(f"{places}={where} does not ascend from 1")
             if len(tables[name]) != len(where) or not all(type(n) is float and n > 0 for n in tables[name]):
                 raise ValueError(f"{name}={tables[name]} is not one time for each of {places}={where}")
-        scalars = ("step", "layer_context", "verify_context", "token_context")
+        scalars = ("step", "layer_context", "verify_context", "token_context", "uneven")
         if wrong := [name for name in scalars if type(getattr(costs, name)) is not float or getattr(costs, name) < 0]:
             raise ValueError(f"{wrong} are not times")
         return costs
@@ -107,7 +109,8 @@ class CostTables:
 
     What a row's context costs is apart from the tables: `layer_context` a token of it and layer of a draft step,
     `verify_context` in a verification, `token_context` there for each draft. The tables of draft steps have a context
-    of `context` tokens in them, that of verification none, as that is of fewer rows than a round has.
+    of `context` tokens in them, that of verification none, as that is of fewer rows than a round has. Apart is also
+    what a verification of several rows takes more where any of them has drafted, as if they never drafted alike.
     """
 
     def __init__(self, measured: MeasuredCosts, max_rows: int, max_length: int, device: torch.device) -> None:
@@ -147,7 +150,11 @@ class CostTables:
     def round_seconds(self, rows: int, tokens: int, contexts: float) -> float:
         """Seconds of a verification of `tokens`, drafts and the last token of each of the rows."""
         of_drafts = self.token_context * (tokens - rows) * (contexts / rows - self.context)
-        return self.verify_seconds(tokens, contexts) + of_drafts
+        return self.verify_seconds(tokens, contexts) + of_drafts + self.uneven(rows) * (tokens > rows)
+
+    def uneven(self, rows: int) -> float:
+        """Seconds that a verification of so many rows takes more where any of them has drafted."""
+        return self.measured.uneven if rows > 1 else 0.0
 
     def verify_seconds(self, tokens: int, contexts: float = 0.0) -> float:
         """Seconds of a forward over so many tokens, of rows whose context lengths add up to `contexts`.

@@ -108,6 +108,8 @@ class Planner:
         best, exit = value.cummax(1)
         # [exits, longest]: the batch's, with what it shares
         of_batch = price * lengths * shared[:, None]
+        if uneven := costs.uneven(num_rows):
+            of_batch = of_batch + price * uneven * (lengths > 0)
         total = best[:num_rows].sum(0) - of_batch
         could_win = None
         if contest:
@@ -183,4 +185,5 @@ class Planner:
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
         draft_time = rates.slower * steps.sum() + rates.step_overhead * (rows > 0).sum() + (length * of_context).sum()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
-        return tokens, draft_time, rates.verify + verify_drafts - costs.verify[num_rows]
+        uneven = costs.uneven(num_rows) * (rows > 0).any()
+        return tokens, draft_time, rates.verify + verify_drafts - costs.verify[num_rows] + uneven
