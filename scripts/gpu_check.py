@@ -28,6 +28,7 @@ PARTS = {
     "off": [],
     "del": [],
     "lossless": [],
+    "even": [],
     "waits": [],
     # They run here: there is no need to compile them for other GPUs.
     "kernels": [
@@ -37,7 +38,7 @@ PARTS = {
 }
 """What is run, in this order. Where nothing stands, it is the function of gpu_parts.py of this name."""
 
-LONGEST = {"exit_head": 75.0, "model": 75.0, "off": 110.0, "del": 150.0, "lossless": 100.0, "waits": 60.0}
+LONGEST = {"exit_head": 75.0, "model": 75.0, "off": 110.0, "del": 150.0, "lossless": 100.0, "even": 60.0, "waits": 45.0}
 """Seconds, of parts that others must not wait for: what comes last has what is left."""
 
 
@@ -79,7 +80,7 @@ def compared(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         sign = "at most" if most else "at least"
         rows.append((what, f"{value:.3f}", f"{'yes' if reached else 'NO'}, {sign} {limit}"))
 
-    for part in ("kernels", "lossless"):
+    for part in ("kernels", "lossless", "even"):
         rows.append((part, found.get(part, {}).get("ended", "not run"), ""))
     if "float32_apart" in found.get("lossless", {}):
         add("lossless in float32: texts apart, at near-ties", len(found["lossless"]["float32_apart"]), 0, most=True)

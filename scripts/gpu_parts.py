@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,14 +35,14 @@ NEAR_TIE = {"float32": 1e-3, "bfloat16": 1.0}
 64, which these models have; in float32 what sums in another order come to, as other kernels verify than decode."""
 
 
-def lossless(given: dict[str, Any]) -> dict[str, Any]:
+def lossless(given: dict[str, Any], dtypes: Sequence[str] = ("float32", "bfloat16"), **more: Any) -> dict[str, Any]:
     """Greedy texts with drafts beside those without: the same but for near-ties, which in float32 are hardly any."""
     model = made(Path(given["folder"]), "tiny", 2)
     prompts = [prompt for name in AGREEMENTS for prompt in prompts_of(model, name, given["texts"])]
     found: dict[str, Any] = {}
     # One that is gone takes with it what others in this process need.
     engines = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         texts = []
         # By layers, not by time: for a model as small drafts may not pay.
         fields = {"del_objective": "tpl", "del_exit_layers": [2, 4], "num_speculative_tokens": 6}
@@ -50,12 +51,13 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
             # Of few sizes, so that engines are up soon; and with the model's own head, which is tuned for each type.
             options = {"max_num_seqs": 64, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
             options |= {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 28} | given.get("engine", {})
-            llm = engine(model, spec, dtype=dtype, **options)
+            llm = engine(model, spec, dtype=dtype, **options, **more)
             engines.append(llm)
             texts.append([output.outputs[0] for output in generate(llm, prompts, given["tokens"], logprobs=5)])
         found[f"{dtype}_drafted"] = accepted(llm)
         assert found[f"{dtype}_drafted"] > 0, "nothing was drafted: there is nothing to see"
         (found[f"{dtype}_graphs"],) = llm.collective_rpc(_num_graphs)
+        (found[f"{dtype}_verified_by"],) = llm.collective_rpc(_graphs_of_verifications)
         assert found[f"{dtype}_graphs"] > 0 or DEVICE == "cpu" or "enforce_eager" in options, "no draft step is a graph"
         apart = [near_tie(off, on, dtype) for off, on in zip(*texts, strict=True) if off.token_ids != on.token_ids]
         found[f"{dtype}_texts"], found[f"{dtype}_apart"] = len(prompts), apart
@@ -63,6 +65,11 @@ def lossless(given: dict[str, Any]) -> dict[str, Any]:
             f"a text differs in {dtype} where there is no near-tie: {apart}"
         )
     return found
+
+
+def even(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with FlashAttention 2, which replays no graph for rows of different lengths."""
+    return lossless(given, ("bfloat16",), attention_config={"flash_attn_version": 2})
 
 
 def waits(given: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +116,11 @@ def _num_graphs(worker: Any) -> int:
 
     graphs = getattr(drafter_of(worker.model_runner), "graphs", None)
     return len(graphs.graphs) if graphs else 0
+
+
+def _graphs_of_verifications(worker: Any) -> str:
+    """In the worker: of which kind; `EvenGraphs` where attention replays none for rows of different lengths."""
+    return type(getattr(worker.model_runner, "cudagraph_manager", None)).__name__
 
 
 def near_tie(off: Any, on: Any, dtype: str) -> float | None:
@@ -274,7 +286,7 @@ def _kv_cache_bytes(worker: Any) -> int:
 
 if __name__ == "__main__":
     parts = {"exit_head": exit_head, "model": model, "off": off, "del": with_drafts}
-    parts |= {"lossless": lossless, "waits": waits}
+    parts |= {"lossless": lossless, "even": even, "waits": waits}
     figures = parts[sys.argv[1]](json.loads(sys.argv[2]))
     print(json.dumps(figures), flush=True)
     # Engines that fall apart at the end would take the figures with them.
