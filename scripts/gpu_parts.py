@@ -1,11 +1,13 @@
 """The parts of gpu_check.py: `python gpu_parts.py PART SETTINGS` prints the figures of one, the last line, in JSON."""
 
+import inspect
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,14 @@ NEAR_TIE = {"float32": 1e-3, "bfloat16": 1.0}
 """Two tokens whose log-probabilities differ by less may change places: in bfloat16 four steps of it at logits of 32 to
 64, which these models have; in float32 what sums in another order come to, as other kernels verify than decode."""
 
+SMALL = {
+    "max_num_seqs": 64,
+    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+    "gpu_memory_utilization": 0.02,
+    "kv_cache_memory_bytes": 1 << 28,
+}
+"""Of engines for a small model, of which several live side by side and are to be up soon."""
+
 
 def lossless(given: dict[str, Any], dtypes: Sequence[str] = ("float32", "bfloat16"), **more: Any) -> dict[str, Any]:
     """Greedy texts with drafts beside those without: the same but for near-ties, which in float32 are hardly any."""
@@ -46,11 +56,10 @@ def lossless(given: dict[str, Any], dtypes: Sequence[str] = ("float32", "bfloat1
         texts = []
         # By layers, not by time: for a model as small drafts may not pay.
         fields = {"del_objective": "tpl", "del_exit_layers": [2, 4], "num_speculative_tokens": 6}
+        # The model's own, which is tuned for each type.
         fields |= {"del_draft_head": "model"}
         for spec in (None, {"method": "del", **fields}):
-            # Of few sizes, so that engines are up soon; and with the model's own head, which is tuned for each type.
-            options = {"max_num_seqs": 64, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}
-            options |= {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 28} | given.get("engine", {})
+            options = SMALL | given.get("engine", {})
             llm = engine(model, spec, dtype=dtype, **options, **more)
             engines.append(llm)
             texts.append([output.outputs[0] for output in generate(llm, prompts, given["tokens"], logprobs=5)])
@@ -69,42 +78,44 @@ def lossless(given: dict[str, Any], dtypes: Sequence[str] = ("float32", "bfloat1
 
 def even(given: dict[str, Any]) -> dict[str, Any]:
     """The same with FlashAttention 2, which replays no graph for rows of different lengths."""
-    return lossless(given, ("bfloat16",), attention_config={"flash_attn_version": 2})
+    attention = {"backend": "FLASH_ATTN", "flash_attn_version": 2} if DEVICE == "cuda" else None
+    found = lossless(given, ("bfloat16",), attention_config=attention)
+    kind = found["bfloat16_verified_by"]
+    assert kind == "EvenGraphs" or DEVICE == "cpu" or "enforce_eager" in given["engine"], f"{kind}: not what is meant"
+    return found
 
 
 def waits(given: dict[str, Any]) -> dict[str, Any]:
     """Where steps that draft wait for the device, by vLLM's own check, which sees operations and copies, no events."""
-    model, ours, seen = made(Path(given["folder"]), "tiny", 2), our_folders(), watched_waits()
-    spec = {"method": "del", "del_objective": "tpl", "del_exit_layers": [2, 4], "num_speculative_tokens": 6}
-    options = {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": 1 << 28} | given.get("engine", {})
-    llm = engine(model, spec, dtype="bfloat16", max_num_seqs=64, **options)
+    model, seen, engines = made(Path(given["folder"]), "tiny", 2), watched_waits(), []
     prompts = [prompt for name in AGREEMENTS for prompt in prompts_of(model, name, given["texts"])]
-    generate(llm, prompts, given["tokens"])
-    assert accepted(llm) > 0, "nothing was drafted: there is nothing to see"
+    for objective in ("tpl", "goodput"):
+        spec = {"method": "del", "del_objective": objective, "del_exit_layers": [2, 4], "num_speculative_tokens": 6}
+        llm = engine(model, spec, dtype="bfloat16", **SMALL | given.get("engine", {}))
+        engines.append(llm)
+        generate(llm, prompts, given["tokens"])
+        # By time, drafts of a model as small may not pay.
+        assert accepted(llm) > 0 or objective == "goodput", "nothing was drafted: there is nothing to see"
     # Those of vLLM's own are no matter of ours; on a CPU nothing is checked.
-    mine = sorted(place for place in seen if any(folder in Path(place).parents for folder in ours))
+    mine = sorted(place for place in seen if place.startswith("vllm_del."))
     return {"waits": mine if DEVICE == "cuda" else None, "waits_of_vllm": len(seen) - len(mine)}
 
 
-def our_folders() -> list[Path]:
-    """Of the package, and of the kernels, which lie elsewhere in a clone."""
-    import vllm_del.kernels
-
-    import vllm_del
-
-    return [Path(folder).resolve() for module in (vllm_del, vllm_del.kernels) for folder in module.__path__]
-
-
 def watched_waits() -> set[str]:
-    """By file and line, where a step waits for the device from now on."""
+    """Where a step waits for the device from now on: the innermost module of ours or vLLM's, and the line."""
     waits: set[str] = set()
     show = warnings.showwarning
 
-    def noted(message: Any, category: Any, file: str, line: int, *more: Any) -> None:
-        if "synchronizing CUDA operation" in str(message) or "GPU<->CPU sync" in str(message):
-            waits.add(f"{Path(file).resolve()}:{line}")
-        else:
-            show(message, category, file, line, *more)
+    def noted(message: Any, category: Any, *more: Any) -> None:
+        if "synchronizing CUDA operation" not in str(message) and "GPU<->CPU sync" not in str(message):
+            show(message, category, *more)
+            return
+        # Not by the warning's own place: vLLM's check stands between us and what copies.
+        for frame, line in traceback.walk_stack(inspect.currentframe()):
+            module = frame.f_globals.get("__name__", "")
+            if module.split(".")[0] in ("vllm", "vllm_del") and not module.endswith("gpu_sync_debug"):
+                waits.add(f"{module}:{line}")
+                return
 
     warnings.showwarning = noted
     return waits

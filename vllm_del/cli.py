@@ -157,6 +157,8 @@ def show(result: Profile, predictions: list[Prediction], configuration: dict | N
         f"A thousand tokens more of context: {costs.layer_context * 1e6:.3f} ms a row and layer of a draft step, "
         f"{costs.verify_context * 1e6:.3f} ms a row of a verification."
     )
+    if costs.uneven:
+        out.print(f"Where several rows verify drafts, {costs.uneven * 1e3:.3f} ms more.")
     if of != Correction():
         out.print(
             f"By the clock, while decoding: verification takes {of.verify:.2f} of that, a draft step {of.draft:.2f}; "

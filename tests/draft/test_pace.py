@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy
+from tests.draft.test_no_waits import EXITS, HIDDEN, LENGTH, ROWS, policy, verification
 from vllm_del.draft.clock import EARLY_SHARE, IDLE_SHARE, LAST, MOST_ROUNDS, PLANNING_SHARE, Pace
 from vllm_del.draft.loop import NO_TOKEN, Drafts, Launched
+from vllm_del.draft.outcome import Outcome, matches
+from vllm_del.draft.shadow import PROMPT_POSITIONS
 from vllm_del.draft.verified import Verified
+from vllm_del.policy.acceptance import AcceptanceStatistics
 from vllm_del.policy.cost import Correction
 
 
@@ -211,3 +214,30 @@ def test_the_host_knows_the_bounds_two_rounds_late_however_long_a_choice_serves(
     assert seen[:2] == [LENGTH, LENGTH]
     # What is drawn at random may make one of the two choices draft nothing.
     assert max(seen[2:]) <= 1
+
+
+def test_a_prompt_counts_in_its_own_round_of_those_that_a_plan_served() -> None:
+    """What waits until the next plan is heard round by round, the prompt with the last one."""
+    slots, mine, due = torch.tensor([3, 1, 0, 7]), policy("goodput"), iter((False, False, False, True))
+    mine.pace = Pace(0.0, mine.planner.costs, learns=False)  # type: ignore[union-attr]
+    mine.pace.is_due = lambda *_: next(due)  # type: ignore[method-assign]
+    shape = (1, ROWS, PROMPT_POSITIONS, len(EXITS))
+    row = torch.zeros(shape, dtype=torch.bool).index_fill(1, torch.tensor([2]), True)
+    prompt = torch.rand(shape) < 0.5, torch.rand(shape), row
+    mine.asker.in_prompts = lambda *_: prompt  # type: ignore[method-assign]
+    mine.asker.after_drafts = lambda *_: None  # type: ignore[method-assign]
+    limit, expected = torch.full((ROWS,), LENGTH), AcceptanceStatistics(16 + 1, len(EXITS), torch.device("cpu"))
+    for number in range(5):
+        of_round = verification([(2, 5)] if number == 4 else [])
+        outcome = Outcome(mine._last.of(slots), of_round.drafted, of_round.accepted, of_round.sampled)
+        seen = matches([outcome], len(EXITS))[:3]
+        if number == 4:
+            seen = tuple(torch.cat((of_prompt, after), 2) for of_prompt, after in zip(prompt, seen, strict=True))
+        expected.observe(slots, *seen)
+        mine.observe(slots, of_round)
+        plan = mine.plan(slots, limit, limit, limit)
+        said = Drafts(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.rand(ROWS, LENGTH))
+        mine.record(slots, plan, said, Launched([(ROWS, 1)] * LENGTH, 0.1))
+    for sums in ("_counts", "_confidence", "_squares"):
+        assert torch.allclose(getattr(mine.statistics, sums), getattr(expected, sums))
+    assert expected._counts[0].sum() > PROMPT_POSITIONS

@@ -86,7 +86,7 @@ def _expect_nothing(model: str, rounds: int) -> None:
     drafter = drafter_of(engines._engine(model, SPEC, ENGINE))
     policy, operations = drafter.policy, []
     # Counts are told after some time, of which steps in an interpreter take much.
-    tally.FLUSH_SECONDS = math.inf
+    drafter.usual_time, tally.FLUSH_SECONDS = tally.FLUSH_SECONDS, math.inf
     estimate, rest, propose = policy.statistics.estimate, policy.rest, drafter.propose
     drafter.counted_operations = operations
 
@@ -113,7 +113,7 @@ def _operations(model: str) -> list[tuple[int, bool]]:
     """Of each round: how many, and whether it was passed over."""
     drafter = drafter_of(engines._engine(model, SPEC, ENGINE))
     del drafter.policy.statistics.estimate, drafter.policy.rest, drafter.propose
-    tally.FLUSH_SECONDS = 0.1
+    tally.FLUSH_SECONDS = drafter.usual_time
     return [(number, rests) for number, rests in drafter.counted_operations]
 
 

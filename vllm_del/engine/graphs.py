@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from vllm.config import CompilationConfig, VllmConfig
@@ -37,10 +38,13 @@ SPARSE = 1.25
 """Each size of batch that is recorded is so many times the one before it, but powers of two are all: what waits for
 weights costs little more for a few rows more. vLLM's own sizes are twice as many, and we record each in stages."""
 
+SPARSEST = 4
+"""With many exits each is at most so many times the one before it."""
+
 MOST_GRAPHS = 128
-"""No more are recorded, unless two sizes are: with many exits every other size is left out. A number and not a time, as
-all ranks have to record the same. Meant to keep it below 60 seconds and 1.5 GiB for a model of 8 billion parameters;
-what it takes is in the log, and has not been measured yet."""
+"""No more are recorded, but for one size at least: with many exits every other size is left out, and then the largest.
+A number and not a time, as all ranks have to record the same. Meant to keep it below 60 seconds and 1.5 GiB for a model
+of 8 billion parameters; what it takes is in the log, and has not been measured yet."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +182,15 @@ class DraftGraphs(CudaGraphManager):
 
 
 def thinned(sizes: Sequence[int], most: int) -> list[int]:
-    """Of ascending sizes those that `SPARSE` leaves, and powers of two, and the largest; of these every other one, and
-    so on, down to `most`, but never less than the smallest and the largest."""
+    """Of ascending sizes those that `SPARSE` leaves, and powers of two, and the largest. Of these at most `most`: every
+    other one, as long as none is padded to more than `SPARSEST` times as many rows, and then the smallest."""
     kept: list[int] = []
     for size in sizes:
         if not kept or size >= SPARSE * kept[-1] or size & (size - 1) == 0 or size == sizes[-1]:
             kept.append(size)
-    while len(kept) > max(2, most):
-        kept = [*kept[:1], *kept[1:][::-2][::-1]]
+    while len(kept) > max(1, most):
+        fewer = [*kept[:1], *kept[1:][::-2][::-1]]
+        if any(more > SPARSEST * less for less, more in pairwise(fewer)):
+            return kept[: max(1, most)]
+        kept = fewer
     return kept

@@ -135,12 +135,8 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         """Of a draft step to the first exit, and to the last one."""
         return [_seconds(rehearsal.drafting(rows, n, near), visit=visit) / rehearsal.steps for n in (1, len(exits))]
 
-    # Where it is of account, rows of one token, as without drafts, as far as there are rows.
-    most_rows, in_table = config.max_num_seqs, 1 if rehearsal.even else each
-
     def verify_seconds(tokens: int, visit: int) -> list[float]:
-        of_row = max(in_table, -(-tokens // most_rows))
-        return [_seconds(lambda: rehearsal.verify(tokens, of_row, near), visit=visit)]
+        return [_seconds(lambda: rehearsal.verify(tokens, each, near), visit=visit)]
 
     length = vllm_config.num_speculative_tokens
     most = min(config.max_num_seqs * (1 + length), config.max_num_batched_tokens)
@@ -160,13 +156,13 @@ def _measure(vllm_config: VllmConfig, rehearsal: Rehearsal, exits: list[int]) ->
         head=tuple(head[:, 0].tolist()),
         tokens=tuple(tokens),
         verify=tuple(verify[:, 0].tolist()),
-        verify_each=in_table,
+        verify_each=each,
         context=near,
     )
-    if rehearsal.even and most_rows > 2 and each > 1:
-        # Three tokens of two rows beside three of three.
-        apart, alike = (_seconds(partial(rehearsal.verify, 3, of_row, near)) for of_row in (2, 1))
-        measured = replace(measured, uneven=max(0.0, apart - alike))
+    if rehearsal.even and each < most and config.max_num_seqs > 1:
+        # With a row of one token more, which costs little itself.
+        apart, alike = (_seconds(partial(rehearsal.verify, number, each, near)) for number in (each + 1, each))
+        measured = measured.with_uneven(max(0.0, apart - alike))
     if far < 2 * near or each == 1:
         return measured
 

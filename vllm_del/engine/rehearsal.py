@@ -34,7 +34,7 @@ class Performer(Protocol):
 
     @property
     def even(self) -> bool:
-        """Whether a verification of several rows runs otherwise where they are not all of one length."""
+        """Whether a verification of several rows runs otherwise where they have different lengths."""
         ...
 
     def made_up_round(self, rows: int, longest: int) -> tuple[DraftRows, Forward]:

@@ -7,7 +7,7 @@ and computes for many, in steps of its own, so no formula is fitted; between two
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,16 @@ class MeasuredCosts:
     layer_context: float = 0.0
     verify_context: float = 0.0
     token_context: float = 0.0
-    # what a verification of several rows takes more where these are not all of one length
+    # beyond the table: what a verification of several rows takes more where these have different lengths
     uneven: float = 0.0
+
+    def with_uneven(self, seconds: float) -> "MeasuredCosts":
+        """The same, where that is in the table at every place of rows that have different lengths."""
+        verify = [
+            max(taken - seconds, taken / 10) if number > self.verify_each and number % self.verify_each else taken
+            for number, taken in zip(self.tokens, self.verify, strict=True)
+        ]
+        return replace(self, verify=tuple(verify), uneven=seconds)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -185,5 +185,7 @@ class Planner:
         steps = costs.step[rows] + depth * costs.layer[rows] + costs.head[rows]
         draft_time = rates.slower * steps.sum() + rates.step_overhead * (rows > 0).sum() + (length * of_context).sum()
         verify_drafts = costs.verify.index_select(0, (num_rows + length.sum()).view(1)).squeeze(0)
-        uneven = costs.uneven(num_rows) * (rows > 0).any()
-        return tokens, draft_time, rates.verify + verify_drafts - costs.verify[num_rows] + uneven
+        verify_time = rates.verify + verify_drafts - costs.verify[num_rows]
+        if uneven := costs.uneven(num_rows):
+            verify_time = verify_time + uneven * (length > 0).any().double()
+        return tokens, draft_time, verify_time
