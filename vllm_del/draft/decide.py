@@ -118,21 +118,20 @@ class DynamicPolicy:
         of_prompts = self.asker.in_prompts(slots, verified) if verified.ended else ()
         if verified.longest or self._choice is None:
             self._outcomes.append(outcome)
-        if self._choice is None:
-            matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
-            self._outcomes.clear()
-            # The states of this round are there to ask the other exits.
-            self.asker.after_drafts(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
-            seen: tuple[torch.Tensor, ...] = (matched, confidence, scored)
-            if of_prompts:
-                # Of the same round as what follows the prompt, as in the paper.
-                earlier = (0, 0, 0, 0, 0, 0, len(matched) - 1, 0)
-                seen = tuple(torch.cat((pad(p, earlier), of), 2) for p, of in zip(of_prompts, seen, strict=True))
-            self.statistics.observe(slots, *seen)
-        elif of_prompts:
-            self.statistics.observe(slots, *of_prompts)
         if self._choice is not None:
+            if of_prompts:
+                self.statistics.observe(slots, *of_prompts)
             return
+        matched, confidence, scored, kept = matches(self._outcomes, len(self._depths))
+        self._outcomes.clear()
+        # The states of this round are there to ask the other exits.
+        self.asker.after_drafts(verified, matched[-1], confidence[-1], scored[-1], kept[-1])
+        seen: tuple[torch.Tensor, ...] = (matched, confidence, scored)
+        if of_prompts:
+            # Of the same round as what follows the prompt, as in the paper.
+            earlier = (0, 0, 0, 0, 0, 0, len(matched) - 1, 0)
+            seen = tuple(torch.cat((pad(p, earlier), of), 2) for p, of in zip(of_prompts, seen, strict=True))
+        self.statistics.observe(slots, *seen)
         self._observing = time.perf_counter() - begun - (self.shadow.seconds - scored_before)
 
     def rest(self, slots: torch.Tensor, contexts: int, allowed: int) -> bool:
