@@ -16,12 +16,12 @@ def test_with_the_verifications_own_token_a_draft_is_no_longer_than_wanted(wish:
     assert length == wish or length + 2 > still_wanted
 
 
-@given(LENGTHS, st.integers(-5, 100))
-def test_the_longest_in_a_room_fits_and_one_more_would_not(wish: int, room: int) -> None:
-    length = longest_in_room(wish, room)
+@given(LENGTHS, st.integers(-5, 100), st.integers(0, 2))
+def test_the_longest_in_a_room_fits_and_one_more_would_not(wish: int, room: int, ahead: int) -> None:
+    length = longest_in_room(wish, room, ahead)
     assert 0 <= length <= wish
-    assert length == 0 or slots_for(length) <= room
-    assert length == wish or slots_for(length + 1) > room
+    assert length == 0 or slots_for(length, ahead) <= room
+    assert length == wish or slots_for(length + 1, ahead) > room
 
 
 @given(st.integers(1, 2000), st.lists(st.tuples(st.integers(0, 100), st.sampled_from([16, 32, 128])), min_size=1))

@@ -18,6 +18,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.engine.host import async_scheduling
 from vllm_del.engine.messages import Allowance, Report
+from vllm_del.policy.envelope import slots_for, steps_to_fill
 
 BLOCK = 16
 LONGEST = 6
@@ -43,6 +44,8 @@ class Seen:
     preemptions: int = 0
     # blocks that were held for drafts alone when a request was preempted
     in_the_way: int = 0
+    # for how many steps, at most, a request had a block that none of its tokens was in yet
+    longest_unfilled: int = 0
     most_blocks: int = 0
     drafted: Counter[str] = field(default_factory=Counter)
     verified: Counter[str] = field(default_factory=Counter)
@@ -106,6 +109,7 @@ def _drive(scheduler: Any, sequences: list[Sequence], is_async: bool, drafts: bo
         preempt(request, *rest, **options)
 
     scheduler._preempt_request = preempt_and_look
+    unfilled: Counter[tuple[str, int]] = Counter()
     waiting, under_way = dict(by_id), deque[tuple[SchedulerOutput, ModelRunnerOutput]]()
     while waiting or scheduler.has_unfinished_requests():
         for request_id in [r for r, sequence in waiting.items() if sequence.arrival <= seen.steps]:
@@ -116,6 +120,9 @@ def _drive(scheduler: Any, sequences: list[Sequence], is_async: bool, drafts: bo
             scheduler.add_request(Request(request_id, tokens, params, None))
         before = sum(request.num_preemptions for request in scheduler.requests.values())
         output = scheduler.schedule()
+        blocks = [(r, n) for r in output.num_scheduled_tokens for n in _unfilled(scheduler, r)]
+        unfilled = Counter({block: unfilled[block] + 1 for block in blocks})
+        seen.longest_unfilled = max(seen.longest_unfilled, *unfilled.values(), 0)
         for request_id in output.num_scheduled_tokens:
             seen.first.setdefault(request_id, seen.steps)
         seen.preemptions += sum(request.num_preemptions for request in scheduler.requests.values()) - before
@@ -169,6 +176,13 @@ def _blocks_for_drafts(scheduler: Any, request: Request) -> int:
     (group,) = scheduler.kv_cache_manager.coordinator.single_type_managers
     tokens = max(request.num_tokens + 1 + (request.num_output_placeholders > 0), request.num_computed_tokens)
     return max(0, len(group.req_to_blocks.get(request.request_id, ())) - -(-tokens // BLOCK))
+
+
+def _unfilled(scheduler: Any, request_id: str) -> range:
+    """Those of its blocks that are beyond its tokens and the one that comes next, whatever is accepted."""
+    (group,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+    filled = -(-(scheduler.requests[request_id].num_tokens + 1) // BLOCK)
+    return range(filled, len(group.req_to_blocks[request_id]))
 
 
 def _check_room(scheduler: Any, output: SchedulerOutput) -> None:
@@ -236,7 +250,16 @@ def test_hardly_a_preemption_that_off_would_not_have_had(run, longest_prompt: in
     assert quiet > 10
     assert accepted > 1000
     assert with_drafts <= without
-    assert in_the_way <= 0.2 * with_drafts
+    assert in_the_way <= 0.02 * with_drafts
+
+
+def test_how_long_a_block_for_drafts_is_not_filled(run, is_async) -> None:
+    """As long as the reserve for the others lasts, and no longer: of drafts that are never accepted."""
+    ahead = int(is_async)
+    seen = max(
+        run([Sequence(prompt, 60, acceptance=0.0)], 100, SPEC).longest_unfilled for prompt in range(1, 1 + BLOCK)
+    )
+    assert slots_for(LONGEST, ahead) < seen <= steps_to_fill(LONGEST, ahead)
 
 
 def test_a_waiting_request_is_let_in_although_others_draft(run) -> None:

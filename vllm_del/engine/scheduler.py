@@ -17,7 +17,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_del.engine.messages import STATISTICS_KEY, Allowance, Report
-from vllm_del.policy.envelope import Reserve, longest_draft, longest_in_room, room_in_blocks, slots_for
+from vllm_del.policy.envelope import (
+    Reserve,
+    longest_draft,
+    longest_in_room,
+    room_in_blocks,
+    slots_for,
+    steps_to_fill,
+)
 from vllm_del.wishes import longest_wished
 
 if TYPE_CHECKING:
@@ -31,6 +38,9 @@ logger = init_logger(f"vllm.{__name__}")
 class _SizesDrafts(Scheduler):
     """What both have in common."""
 
+    # Steps that are scheduled before the outcome of one is known.
+    _ahead: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # [registry] Constant, but not `None`, for which vLLM fills a new request's first step up with drafts nobody
@@ -39,8 +49,9 @@ class _SizesDrafts(Scheduler):
         self._most: int = self.num_spec_tokens
         self._is_dynamic: bool = self.vllm_config.speculative_config.is_dynamic
         self._groups = self.kv_cache_manager.coordinator.single_type_managers
-        slots = slots_for(self._most)
-        self._reserve = Reserve(sum(-(-slots // group.block_size) for group in self._groups), slots)
+        slots = slots_for(self._most, self._ahead)
+        blocks = sum(-(-slots // group.block_size) for group in self._groups)
+        self._reserve = Reserve(blocks, steps_to_fill(self._most, self._ahead))
         self._allowance = Allowance()
         # Since the last statistics: what workers counted, and rounds without a draft by reason
         self._counts: list[dict[str, Any]] = []
@@ -121,7 +132,7 @@ class _SizesDrafts(Scheduler):
                 num_new_tokens,
                 num_new_computed_tokens,
                 *args,
-                num_lookahead_tokens=slots_for(length),
+                num_lookahead_tokens=slots_for(length, self._ahead),
                 num_external_computed_tokens=num_external_computed_tokens,
                 reserved_blocks=reserved_blocks + leave,
                 **kwargs,
@@ -133,7 +144,7 @@ class _SizesDrafts(Scheduler):
         end = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens + num_new_tokens
         wish = self._wish(request, end)
         held = [(len(group.req_to_blocks.get(request.request_id, ())), group.block_size) for group in self._groups]
-        room = longest_in_room(wish, room_in_blocks(end, held))
+        room = longest_in_room(wish, room_in_blocks(end, held), self._ahead)
         running = len(self.running)
         # A block more only for who is going to use it.
         if room < wish and self._wanted_length(request.request_id):
@@ -197,9 +208,13 @@ class _SizesDrafts(Scheduler):
 class DelScheduler(_SizesDrafts):
     """For synchronous scheduling: the drafts are known when the next step is scheduled."""
 
+    _ahead = 0
+
 
 class DelAsyncScheduler(_SizesDrafts, AsyncScheduler):
     """For asynchronous scheduling: a step is scheduled before the drafts it verifies are made."""
+
+    _ahead = 1
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

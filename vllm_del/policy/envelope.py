@@ -14,17 +14,27 @@ def longest_draft(wish: int, still_wanted: int) -> int:
     return max(0, min(wish, still_wanted - 1))
 
 
-def slots_for(length: int) -> int:
-    """Slots beyond the last token that a draft of `length` tokens needs, until it is verified.
+def slots_for(length: int, ahead: int) -> int:
+    """Slots beyond the last token that a draft of `length` tokens needs, until its fate is known.
 
-    The steps write one less; the last token's slot is for the verification, which must not want a block then.
+    The steps write one less; the last token's slot is for the verification, which must not want a block then. Nor must
+    the `ahead` steps that are scheduled before that is done, and as if all were accepted: rejected, none was needed.
     """
-    return length + 1 if length else 0
+    return length + 1 + ahead if length else 0
 
 
-def longest_in_room(wish: int, room: int) -> int:
+def longest_in_room(wish: int, room: int, ahead: int) -> int:
     """The longest draft that fits in `room` slots."""
-    return max(0, min(wish, room - 1))
+    return max(0, min(wish, room - 1 - ahead))
+
+
+def steps_to_fill(longest: int, ahead: int) -> int:
+    """How many steps it takes at most until a block that a draft of `longest` tokens took is the sequence's own.
+
+    Each brings one token at least. The block begins at the last of the draft's slots or before; and as many tokens as
+    are being verified when it is taken, now and in the `ahead` steps, may come to nothing.
+    """
+    return slots_for(longest, ahead) + longest * (1 + ahead)
 
 
 def room_in_blocks(
