@@ -4,7 +4,7 @@ Stock metrics (`vllm:spec_decode_*`) are vLLM's and stay as they are; these say 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import Counter
@@ -33,16 +33,26 @@ REASONS = ("does_not_pay", "no_room", "not_wanted", "ends")
 
 
 class Metrics:
-    """Counters of a server; `observe` takes what an engine counted, `log_line` says what it came to since the last."""
+    """Counters of a server; `observe` takes what an engine counted, `log_line` says what it came to since the last.
 
-    def __init__(self, model_name: str, engines: Sequence[int], exits: Sequence[int], max_length: int) -> None:
+    `counter`: the class they are of, Prometheus's own or one that is used like it.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        engines: Sequence[int],
+        exits: Sequence[int],
+        max_length: int,
+        counter: Callable[..., Any] = Counter,
+    ) -> None:
         self._exits = exits
         self._since_log: defaultdict[str, float] = defaultdict(float)
 
         def counters(metric: tuple[str, str], label: str, values: Sequence[Any]) -> dict[int, list[Counter]]:
-            counter = Counter(*metric, labelnames=["model_name", "engine", *([label] if label else [])])
+            family = counter(*metric, labelnames=["model_name", "engine", *([label] if label else [])])
             return {
-                engine: [counter.labels(model_name, str(engine), *([str(value)] if label else [])) for value in values]
+                engine: [family.labels(model_name, str(engine), *([str(value)] if label else [])) for value in values]
                 for engine in engines
             }
 

@@ -97,6 +97,16 @@ class TestStatistics:
         for name in ("record", "log"):
             assert " in self.stat_loggers:" in inspect.getsource(getattr(manager, name))
 
+    def test_the_class_of_counters_is_its_loggers(self):
+        """Prometheus's, or those that Ray exports, which are made and counted up like them."""
+        logger = at("vllm.v1.metrics.loggers:PrometheusStatLogger")
+        wrapper = at("vllm.v1.metrics.ray_wrappers:RayCounterWrapper")
+        assert at("vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger")._counter_cls is wrapper
+        assert logger._counter_cls.__name__ == "Counter"
+        assert parameters(wrapper.__init__)[1:] == ["name", "documentation", "labelnames"]
+        assert list(inspect.signature(wrapper.labels).parameters)[:2] == ["self", "labels"]
+        assert parameters(wrapper.inc)[1:] == ["value"]
+
     def test_a_request_is_asked_about_where_it_comes_in(self):
         verify = inspect.getsource(at("vllm.sampling_params:SamplingParams.verify"))
         assert "self._validate_spec_decode(speculative_config)" in verify

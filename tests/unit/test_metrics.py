@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, generate_latest
-from vllm.v1.metrics.loggers import StatLoggerManager
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -89,6 +90,22 @@ class TestInVllm:
         manager.record(SchedulerStats(kv_connector_stats={STATISTICS_KEY: {"counts": [counts]}}), None)
         assert seen == [None] * len(others)
         assert b'vllm:del_drafts_total{engine="0",length="2"' in generate_latest()
+
+    def test_they_are_counters_of_the_kind_that_vllm_uses(self, engine_config) -> None:
+        """Started by Ray it counts in Ray's own, which are in no registry of Prometheus in this process."""
+        made = []
+
+        class OfRay(PrometheusStatLogger._counter_cls):
+            def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
+                made.append(name)
+                super().__init__(name, *args, **kwargs, registry=CollectorRegistry())
+
+        class ForRay(PrometheusStatLogger):
+            _counter_cls = OfRay
+
+        StatLoggerManager(engine_config(speculative_config="del"), custom_stat_loggers=[ForRay])
+        assert {"vllm:generation_tokens", "vllm:del_drafted_tokens", "vllm:del_measured_seconds"} <= set(made)
+        assert b"vllm:del_" not in generate_latest()
 
     @pytest.mark.parametrize(("servers", "lines"), [(1, 1), (2, 0)])
     def test_of_several_api_servers_none_logs_its_part(

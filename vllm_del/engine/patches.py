@@ -236,7 +236,8 @@ def _count_for_prometheus(original: Callable, self: "StatLoggerManager", *args: 
         from vllm_del.engine.stat_logger import DelStatLogger
 
         # Before the others: it takes what is ours out of the statistics.
-        ours = DelStatLogger(vllm_config, self.engine_indexes, logs=given.get("client_count", 1) == 1)
+        alone = given.get("client_count", 1) == 1
+        ours = DelStatLogger(vllm_config, self.engine_indexes, self.stat_loggers, logs=alone)
         self.stat_loggers.insert(0, ours)
 
 

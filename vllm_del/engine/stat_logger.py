@@ -1,10 +1,11 @@
 """The vLLM side of our metrics: a logger that vLLM's manager of loggers calls beside its own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_del.config import DelConfig
@@ -17,13 +18,17 @@ logger = init_logger(f"vllm.{__name__}")
 class DelStatLogger(AggregateStatLoggerBase):
     """Records what the schedulers of our own send with their statistics."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], *, logs: bool = True) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, engine_indexes: list[int], others: Sequence[Any], *, logs: bool = True
+    ) -> None:
+        """`others`: vLLM's loggers, of which one counts for Prometheus, or for Ray where vLLM was started by that."""
         config = vllm_config.speculative_config
         assert isinstance(config, DelConfig)
         name = vllm_config.model_config.served_model_name
         # Of several API servers each sees a part; vLLM's own line is left out there too.
         self._logs = logs
-        self._metrics = Metrics(name, engine_indexes, config.exits, config.num_speculative_tokens)
+        counter = next(type(other)._counter_cls for other in others if isinstance(other, PrometheusStatLogger))
+        self._metrics = Metrics(name, engine_indexes, config.exits, config.num_speculative_tokens, counter)
 
     def record(
         self,
