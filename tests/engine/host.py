@@ -152,6 +152,8 @@ def _engine(model: str, spec: Any, options: dict[str, Any]) -> Any:
         read_the_head_in_large_blocks()
     _use_made_up_costs()
     _look_at_models_here()
+    if _engines:
+        _rebind_no_kernels()
     key = repr((model, spec, sorted(options.items())))
     if key in _engines:
         _engines.move_to_end(key)
@@ -192,6 +194,13 @@ def _look_at_models_here() -> None:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda ask: ask()
+
+
+def _rebind_no_kernels() -> None:
+    """Without Triton each engine looks through all of Python's modules for kernels to replace. The first has done it."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 @contextmanager

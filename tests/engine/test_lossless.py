@@ -57,8 +57,9 @@ def test_extreme_exits_and_lengths(host: Host, model: str, exit_layer: int, num_
     assert on.longest == num_tokens
 
 
-@pytest.mark.parametrize(("architecture", "spec"), ATTENTION)
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "spec", "caching"), [("llama", SPEC, False), *((*attention, True) for attention in ATTENTION)]
+)
 def test_shared_prefixes(host: Host, checkpoints: Path, architecture: str, spec: dict[str, Any], caching: bool) -> None:
     """Later requests reuse cached blocks of earlier ones; a draft must not have spoilt them."""
     model = checkpoint(checkpoints, architecture)
@@ -85,11 +86,18 @@ def test_generated_text_served_again_from_the_prefix_cache(host: Host, model: st
 
 
 @pytest.mark.parametrize(("architecture", "spec"), ATTENTION)
-@pytest.mark.parametrize("options", [{}, {"enable_prefix_caching": True}, {"async_scheduling": False}], ids=str)
-def test_preemption(
-    host: Host, checkpoints: Path, architecture: str, spec: dict[str, Any], options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("caching", [False, True])
+def test_preemption(host: Host, checkpoints: Path, architecture: str, spec: dict[str, Any], caching: bool) -> None:
     """A KV cache so small that requests are preempted and resumed, on blocks cached while drafting too."""
+    preempt(host, checkpoints, architecture, spec, enable_prefix_caching=caching)
+
+
+@pytest.mark.parametrize("host", ["v2"], indirect=True)
+def test_preemption_between_synchronous_steps(host: Host, checkpoints: Path) -> None:
+    preempt(host, checkpoints, "mistral-sliding", SPEC, enable_prefix_caching=True, async_scheduling=False)
+
+
+def preempt(host: Host, checkpoints: Path, architecture: str, spec: dict[str, Any], **options: Any) -> None:
     model = checkpoint(checkpoints, architecture)
     prompts = [[10 + i, *range(30, 60)] for i in range(6)]
     sampling = {**GREEDY, "max_tokens": 100}

