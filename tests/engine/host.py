@@ -197,7 +197,7 @@ def _look_at_models_here() -> None:
 
 
 def _rebind_no_kernels() -> None:
-    """Without Triton each engine looks through all of Python's modules for kernels to replace. The first has done it."""
+    """Without Triton each engine looks for kernels to replace in all of Python's modules. The first has done it."""
     from vllm.platforms.cpu import CpuPlatform
 
     CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)

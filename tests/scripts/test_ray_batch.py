@@ -1,0 +1,59 @@
+"""A batch over Ray: completions are those without drafts, drafts were accepted, a bad line is an error of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DEMO_MODEL
+from tests.engine.host import Host
+
+SCRIPT = DEMO_MODEL.parent / "ray_batch.py"
+PROMPTS = ["def main", "import os\n", "class A", "for i in"]
+SAMPLING = {"temperature": 0, "max_tokens": 24}
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "kv_cache_memory_bytes": 1 << 26}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # No cluster but one of this test's own, and nothing of it in the user's folder.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "COLUMNS": "400"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("host", ["v1"], indirect=True)
+def test_completions_are_those_without_drafts(host: Host, tmp_path: Path) -> None:
+    lines = [{"id": number, "prompt": prompt} for number, prompt in enumerate([*PROMPTS, ""])]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # As the paper has it drafts do not depend on what this machine is doing meanwhile.
+    spec = {"method": "del", "del_objective": "tpl"}
+    options = {"spec": spec, "engine-args": ENGINE, "sampling": SAMPLING}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", json.dumps(value))]
+    done = run(str(DEMO_MODEL), str(tmp_path / "prompts.jsonl"), str(tmp_path / "out"), *arguments)
+
+    said = done.stdout + done.stderr
+    assert f"5 prompts, {24 * len(PROMPTS)} tokens" in done.stdout, said[-4000:]
+    assert done.returncode == 1  # as one has failed
+    written = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
+    assert all(set(line) == {"id", "prompt", "completion", "tokens", "error"} for line in written)
+    *good, bad = sorted(written, key=lambda line: line["id"])
+    off = host.generate(str(DEMO_MODEL), PROMPTS, SAMPLING)
+    assert [line["completion"] for line in good] == [completion.text for (completion,) in off.completions]
+    assert not any(line["error"] for line in good)
+    assert (bad["completion"], bad["tokens"]) == ("", 0)
+    assert "prompt" in bad["error"]
+    accepted = re.search(r"del: .* (\d+)% accepted", said)
+    assert accepted is not None
+    assert int(accepted[1]) > 0
+
+
+def test_what_is_there_already_is_not_written_over(tmp_path: Path) -> None:
+    refused = run("MODEL", str(tmp_path / "prompts.jsonl"), str(tmp_path))
+    assert refused.returncode == 2
+    assert "is there already" in refused.stderr
