@@ -10,6 +10,7 @@ the cluster is that of RAY_ADDRESS, or else one of this machine alone.
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,38 +44,48 @@ def main(
     model, prompts = (str(Path(path).resolve()) if Path(path).exists() else path for path in (model, prompts))
     out = out if "://" in out else str(Path(out).resolve())
     import ray
+    from ray.data.datasource import BlockBasedFileDatasink
+
+    class JsonLines(BlockBasedFileDatasink):
+        def write_block_to_file(self, block: Any, file: Any) -> None:
+            for row in block.iter_rows(public_row_format=True):
+                file.write(row["line"].encode() + b"\n")
 
     ray.init()
     began = time.monotonic()
-    given = ray.data.read_json(prompts, lines=True)
-    columns = given.columns()
-    if "prompt" not in columns:
-        raise typer.BadParameter(f"prompts {prompts}: lines have {', '.join(columns)}, and no `prompt`")
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
-        # What is no text, or is missing, is an error of its own line: the engine takes no empty prompt.
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
-        return {**row, "prompt": prompt, "sampling_params": params}
+        prompt = _fields(row["text"]).get("prompt")
+        # The line goes along as text: in a table of their fields those of other lines would be filled in.
+        known = {"line": row["text"], "sampling_params": params}
+        return known | {"prompt": prompt if isinstance(prompt, str) else ""}
 
-    def answer(row: dict[str, Any]) -> dict[str, Any]:
-        known = {name: row[name] for name in columns}
-        completion, tokens = row["generated_text"], row["num_generated_tokens"]
-        return known | {"completion": completion, "tokens": tokens, "error": row["__inference_error__"]}
-
-    # Not as the processor's own last step, which passes over what failed.
-    _processor(model, engine, replicas, ask)(given).map(answer).write_json(out)
+    # Answers are no last step of the processor's own, as it passes over what failed.
+    answers = _processor(model, engine, replicas, ask)(ray.data.read_text(prompts)).map(_answer)
+    answers.write_datasink(JsonLines(out, file_format="jsonl"))
 
     seconds = time.monotonic() - began
-    number = tokens = failed = 0
-    for batch in ray.data.read_json(out, lines=True).select_columns(["tokens", "error"]).iter_batches():
-        number += len(batch["tokens"])
-        tokens += batch["tokens"].sum()
-        failed += (batch["error"] != "").sum()
+    written = [json.loads(row["text"]) for row in ray.data.read_text(out).iter_rows()]
+    failed = sum(bool(line["error"]) for line in written)
     print(
-        f"{number} prompts, {tokens} tokens in {seconds:.0f} s, with the start of the engines; {failed} failed. "
-        f"Written to {out}"
+        f"{len(written)} prompts, {sum(line['tokens'] for line in written)} tokens in {seconds:.0f} s, with the start "
+        f"of the engines; {failed} failed. Written to {out}"
     )
     raise typer.Exit(failed > 0)
+
+
+def _answer(row: dict[str, Any]) -> dict[str, Any]:
+    said = {"completion": row["generated_text"], "tokens": row["num_generated_tokens"]}
+    error = row["__inference_error__"] if row["prompt"] else "there is no text in `prompt`"
+    return {"line": json.dumps(_fields(row["line"]) | said | {"error": error})}
+
+
+def _fields(line: str) -> dict[str, Any]:
+    """What a line of the prompts says; of one that is no JSON object the whole of it, under another name."""
+    with suppress(json.JSONDecodeError):
+        if isinstance(found := json.loads(line), dict):
+            return found
+    return {"line": line}
 
 
 def _processor(model: str, engine: dict[str, Any], replicas: int, ask: Callable) -> Callable:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.engine
 @pytest.mark.parametrize("host", ["v1"], indirect=True)
 def test_completions_are_those_without_drafts(host: Host, tmp_path: Path) -> None:
-    lines = [{"id": number, "prompt": prompt} for number, prompt in enumerate([*PROMPTS, ""])]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines: list[dict[str, Any]] = [{"prompt": prompt, "number": number} for number, prompt in enumerate(PROMPTS)]
+    # Fields of its own, none, and no JSON.
+    bad = [{"prompt": None, "number": "of another type"}, {}, {"line": "{"}]
+    text = [*map(json.dumps, [*lines, *bad[:2]]), "{"]
+    (tmp_path / "prompts.jsonl").write_text("".join(line + "\n" for line in text))
     # As the paper has it drafts do not depend on what this machine is doing meanwhile.
     spec = {"method": "del", "del_objective": "tpl"}
     options = {"spec": spec, "engine-args": ENGINE, "sampling": SAMPLING}
@@ -38,16 +42,17 @@ def test_completions_are_those_without_drafts(host: Host, tmp_path: Path) -> Non
     done = run(str(DEMO_MODEL), str(tmp_path / "prompts.jsonl"), str(tmp_path / "out"), *arguments)
 
     said = done.stdout + done.stderr
-    assert f"5 prompts, {24 * len(PROMPTS)} tokens" in done.stdout, said[-4000:]
-    assert done.returncode == 1  # as one has failed
+    assert f"{len(text)} prompts, {24 * len(PROMPTS)} tokens" in done.stdout, said[-4000:]
+    assert "3 failed" in done.stdout
+    assert done.returncode == 1
     written = [json.loads(line) for file in (tmp_path / "out").iterdir() for line in file.read_text().splitlines()]
-    assert all(set(line) == {"id", "prompt", "completion", "tokens", "error"} for line in written)
-    *good, bad = sorted(written, key=lambda line: line["id"])
     off = host.generate(str(DEMO_MODEL), PROMPTS, SAMPLING)
-    assert [line["completion"] for line in good] == [completion.text for (completion,) in off.completions]
-    assert not any(line["error"] for line in good)
-    assert (bad["completion"], bad["tokens"]) == ("", 0)
-    assert "prompt" in bad["error"]
+    expected = [
+        line | {"completion": completion.text, "tokens": 24, "error": ""}
+        for line, (completion,) in zip(lines, off.completions, strict=True)
+    ]
+    expected += [line | {"completion": "", "tokens": 0, "error": "there is no text in `prompt`"} for line in bad]
+    assert sorted(written, key=repr) == sorted(expected, key=repr)
     accepted = re.search(r"del: .* (\d+)% accepted", said)
     assert accepted is not None
     assert int(accepted[1]) > 0
