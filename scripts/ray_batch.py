@@ -3,8 +3,8 @@
     python scripts/ray_batch.py MODEL prompts.jsonl completions --replicas 8
 
 Ray Data's processor for vLLM does the work: it starts an engine for each replica, keeps it busy, and starts it again if
-it dies. `del` is one word among the engine's arguments. Every node needs `pip install 'vllm-del[ray]'` beside its vLLM;
-the cluster is that of RAY_ADDRESS, or else one of this machine alone.
+it dies. `del` is one word among the engine's arguments. Every node needs `pip install '.[ray]'` beside its vLLM; the
+cluster is that of RAY_ADDRESS, or else one of this machine alone. Exits with 1 if a prompt failed.
 """
 
 import json
@@ -38,7 +38,7 @@ def main(
     engine, params = _json_object("--engine-args", engine_args), _json_object("--sampling", sampling)
     if spec != "off":
         engine["speculative_config"] = _json_object("--spec", spec) if spec.startswith("{") else spec
-    if Path(out).exists():
+    if Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
         raise typer.BadParameter(f"out {out}: is there already; name a new folder")
     # Of several nodes only this one knows where relative paths begin.
     model, prompts = (str(Path(path).resolve()) if Path(path).exists() else path for path in (model, prompts))
@@ -71,7 +71,7 @@ def main(
         f"{len(written)} prompts, {sum(line['tokens'] for line in written)} tokens in {seconds:.0f} s, with the start "
         f"of the engines; {failed} failed. Written to {out}"
     )
-    raise typer.Exit(failed > 0)
+    raise typer.Exit(1 if failed else 0)
 
 
 def _answer(row: dict[str, Any]) -> dict[str, Any]:

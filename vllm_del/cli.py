@@ -60,7 +60,7 @@ def profile(
     given = {"del_draft_vocab": listed, "del_draft_head": draft_head}
     head = {name: value for name, value in given.items() if value != ""}
     if plot and not find_spec("matplotlib"):
-        raise typer.BadParameter("--plot needs matplotlib: pip install 'vllm-del[plot]'")
+        raise typer.BadParameter("--plot needs matplotlib: pip install matplotlib")
     if plot and not plot.parent.is_dir():
         raise typer.BadParameter(f"--plot {plot}: there is no folder {plot.parent}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
