@@ -233,11 +233,14 @@ def _count_for_prometheus(original: Callable, self: "StatLoggerManager", *args: 
     vllm_config = given["vllm_config"]
     config = vllm_config.speculative_config
     if isinstance(config, DelConfig) and config.is_dynamic:
+        from vllm.v1.metrics.loggers import PrometheusStatLogger
+
         from vllm_del.engine.stat_logger import DelStatLogger
 
+        # One of them counts for Prometheus, or for Ray where that has started vLLM, and so does ours.
+        counter = next(it._counter_cls for it in self.stat_loggers if isinstance(it, PrometheusStatLogger))
+        ours = DelStatLogger(vllm_config, self.engine_indexes, counter=counter, logs=given.get("client_count", 1) == 1)
         # Before the others: it takes what is ours out of the statistics.
-        alone = given.get("client_count", 1) == 1
-        ours = DelStatLogger(vllm_config, self.engine_indexes, self.stat_loggers, logs=alone)
         self.stat_loggers.insert(0, ours)
 
 

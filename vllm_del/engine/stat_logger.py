@@ -1,6 +1,5 @@
 """The vLLM side of our metrics: a logger that vLLM's manager of loggers calls beside its own."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -19,15 +18,18 @@ class DelStatLogger(AggregateStatLoggerBase):
     """Records what the schedulers of our own send with their statistics."""
 
     def __init__(
-        self, vllm_config: VllmConfig, engine_indexes: list[int], others: Sequence[Any], *, logs: bool = True
+        self,
+        vllm_config: VllmConfig,
+        engine_indexes: list[int],
+        *,
+        counter: type = PrometheusStatLogger._counter_cls,
+        logs: bool = True,
     ) -> None:
-        """`others`: vLLM's loggers, of which one counts for Prometheus, or for Ray where vLLM was started by that."""
         config = vllm_config.speculative_config
         assert isinstance(config, DelConfig)
         name = vllm_config.model_config.served_model_name
         # Of several API servers each sees a part; vLLM's own line is left out there too.
         self._logs = logs
-        counter = next(type(other)._counter_cls for other in others if isinstance(other, PrometheusStatLogger))
         self._metrics = Metrics(name, engine_indexes, config.exits, config.num_speculative_tokens, counter)
 
     def record(
