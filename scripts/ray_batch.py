@@ -3,8 +3,8 @@
     python scripts/ray_batch.py MODEL prompts.jsonl completions --replicas 8
 
 Ray Data's processor for vLLM does the work: it starts an engine for each replica, keeps it busy, and starts it again if
-it dies. `del` is one word among the engine's arguments. Every node needs `pip install '.[ray]'` beside its vLLM; the
-cluster is that of RAY_ADDRESS, or else one of this machine alone. Exits with 1 if a prompt failed.
+it dies. `del` is one word among the engine's arguments. Every node needs `pip install '.[ray]'` beside its vLLM, and
+sees the same files; which cluster it is, `ray.init()` says. Exits with 1 if a prompt failed.
 """
 
 import json
@@ -61,17 +61,27 @@ def main(
         return known | {"prompt": prompt if isinstance(prompt, str) else ""}
 
     # Answers are no last step of the processor's own, as it passes over what failed.
-    answers = _processor(model, engine, replicas, ask)(ray.data.read_text(prompts)).map(_answer)
+    answers = _processor(model, engine, replicas, ask)(ray.data.read_binary_files(prompts).flat_map(_lines)).map(
+        _answer
+    )
     answers.write_datasink(JsonLines(out, file_format="jsonl"))
 
     seconds = time.monotonic() - began
-    written = [json.loads(row["text"]) for row in ray.data.read_text(out).iter_rows()]
-    failed = sum(bool(line["error"]) for line in written)
+    number = tokens = failed = 0
+    for row in ray.data.read_text(out).iter_rows():
+        line = json.loads(row["text"])
+        number, tokens, failed = number + 1, tokens + line["tokens"], failed + bool(line["error"])
     print(
-        f"{len(written)} prompts, {sum(line['tokens'] for line in written)} tokens in {seconds:.0f} s, with the start "
-        f"of the engines; {failed} failed. Written to {out}"
+        f"{number} prompts, {tokens} tokens in {seconds:.0f} s, with the start of the engines; {failed} failed. "
+        f"Written to {out}"
     )
     raise typer.Exit(1 if failed else 0)
+
+
+def _lines(file: dict[str, Any]) -> list[dict[str, str]]:
+    """Of a file's bytes; Python's own lines of text end where those of JSON do not."""
+    lines = file["bytes"].split(b"\n")
+    return [{"text": line.decode(errors="replace")} for line in lines if line.strip()]
 
 
 def _answer(row: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def _answer(row: dict[str, Any]) -> dict[str, Any]:
 
 def _fields(line: str) -> dict[str, Any]:
     """What a line of the prompts says; of one that is no JSON object the whole of it, under another name."""
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(line), dict):
             return found
     return {"line": line}
@@ -91,15 +101,20 @@ def _fields(line: str) -> dict[str, Any]:
 def _processor(model: str, engine: dict[str, Any], replicas: int, ask: Callable) -> Callable:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    from vllm.platforms import current_platform
 
     placement: dict[str, Any] = {}
-    if not ray.cluster_resources().get("GPU"):
-        # One processor is left for reading and writing. The engines of a machine must not be pinned to the same ones.
-        free = int(ray.cluster_resources()["CPU"]) - 1
-        if free < replicas:
-            raise typer.BadParameter(f"--replicas {replicas}: this cluster has no GPU, and processors for {free}")
+    if current_platform.is_cpu():
+        # The largest share of a node's processors that there is for each engine, one left for reading and writing.
+        nodes = sorted(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        nodes[-1] -= 1
+        shares = range(1, 1 + max(nodes))
+        share = max((each for each in shares if sum(node // each for node in nodes) >= replicas), default=0)
+        if not share:
+            raise typer.BadParameter(f"--replicas {replicas}: this cluster has processors for {sum(nodes)}")
         placement = {
-            "placement_group_config": {"bundles": [{"CPU": free // replicas}]},
+            "placement_group_config": {"bundles": [{"CPU": share}]},
+            # The engines of a machine must not be pinned to the same processors.
             "runtime_env": {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
         }
     config = vLLMEngineProcessorConfig(

@@ -1,4 +1,4 @@
-"""scripts/demo.py: once for real, and stopped from outside, while its servers start and while they serve."""
+"""scripts/demo.py: once for real, and stopped from outside, while its first server starts and its second."""
 
 import os
 import re

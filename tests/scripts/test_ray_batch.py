@@ -22,7 +22,12 @@ ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "kv_c
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     # No cluster but one of this test's own, and nothing of it in the user's folder.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "COLUMNS": "400"}
+    environment |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ADDRESS": "local",
+        "COLUMNS": "400",
+    }
     command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
@@ -31,9 +36,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("host", ["v1"], indirect=True)
 def test_completions_are_those_without_drafts(host: Host, tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [{"prompt": prompt, "number": number} for number, prompt in enumerate(PROMPTS)]
+    # What Python takes for the end of a line, JSON does not.
+    lines[0]["note"] = "one\u2028two"
     # Fields of its own, none, and no JSON.
     bad = [{"prompt": None, "number": "of another type"}, {}, {"line": "{"}]
-    text = [*map(json.dumps, [*lines, *bad[:2]]), "{"]
+    text = [*(json.dumps(line, ensure_ascii=False) for line in [*lines, *bad[:2]]), "{"]
     (tmp_path / "prompts.jsonl").write_text("".join(line + "\n" for line in text))
     # As the paper has it drafts do not depend on what this machine is doing meanwhile.
     spec = {"method": "del", "del_objective": "tpl"}
@@ -59,6 +66,7 @@ def test_completions_are_those_without_drafts(host: Host, tmp_path: Path) -> Non
 
 
 def test_what_is_there_already_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("")
     refused = run("MODEL", str(tmp_path / "prompts.jsonl"), str(tmp_path))
     assert refused.returncode == 2
     assert "is there already" in refused.stderr

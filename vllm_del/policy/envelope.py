@@ -55,7 +55,7 @@ class Reserve:
     must not take these; and while one waits for them, no block is taken for drafts, and soon it need not wait.
     """
 
-    # blocks that a sequence can need in that time, over all KV cache groups
+    # blocks left to each sequence, over all KV cache groups: those of the longest draft, hardly ever fewer than it needs
     blocks_per_sequence: int
     # how many steps it takes to fill what was taken for drafts
     steps: int
