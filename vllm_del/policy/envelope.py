@@ -55,7 +55,7 @@ class Reserve:
     must not take these; and while one waits for them, no block is taken for drafts, and soon it need not wait.
     """
 
-    # blocks left to each sequence, over all KV cache groups: those of the longest draft, hardly ever fewer than it needs
+    # blocks left to each sequence, over all KV cache groups: as the longest draft takes, hardly ever fewer than needed
     blocks_per_sequence: int
     # how many steps it takes to fill what was taken for drafts
     steps: int
