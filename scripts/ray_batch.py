@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_del.cli import json_object
+
 DEFAULT_SAMPLING = '{"temperature": 0, "max_tokens": 128}'
 
 
@@ -35,9 +37,9 @@ def main(
     ] = "{}",
 ) -> None:
     """Complete every prompt; a prompt that fails has its `error`, and the others their completions."""
-    engine, params = _json_object("--engine-args", engine_args), _json_object("--sampling", sampling)
+    engine, params = json_object("--engine-args", engine_args), json_object("--sampling", sampling)
     if spec != "off":
-        engine["speculative_config"] = _json_object("--spec", spec) if spec.startswith("{") else spec
+        engine["speculative_config"] = json_object("--spec", spec) if spec.startswith("{") else spec
     if Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
         raise typer.BadParameter(f"out {out}: is there already; name a new folder")
     # Of several nodes only this one knows where relative paths begin.
@@ -129,16 +131,6 @@ def _processor(model: str, engine: dict[str, Any], replicas: int, ask: Callable)
         **placement,
     )
     return build_processor(config, preprocess=ask)
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{name} {text!r}: {error}") from None
-    if not isinstance(found, dict):
-        raise typer.BadParameter(f"{name} {text!r}: give a JSON object")
-    return found
 
 
 if __name__ == "__main__":

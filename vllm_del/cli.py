@@ -70,7 +70,9 @@ def profile(
         def advance(number: int) -> None:
             bar.update(task, advance=number, description="Prompts")
 
-        result = run(model, texts, depths, max_tokens, batch, max_draft, head, advance, _json_object(engine_args))
+        result = run(
+            model, texts, depths, max_tokens, batch, max_draft, head, advance, json_object("--engine-args", engine_args)
+        )
     batches = sorted({*(number for number in BATCHES if number < batch), batch})
     predictions = result.predictions(batches)
     configuration = result.configuration(batches)
@@ -99,13 +101,14 @@ def _read(file: Path) -> list[str]:
     return lines
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """What an option says in JSON; raises `typer.BadParameter` with the option's name if that is no object."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--engine-args {text!r}: {error}") from None
+        raise typer.BadParameter(f"{option} {text!r}: {error}") from None
     if not isinstance(found, dict):
-        raise typer.BadParameter(f"--engine-args {text!r}: give a JSON object")
+        raise typer.BadParameter(f"{option} {text!r}: give a JSON object")
     return found
 
 
